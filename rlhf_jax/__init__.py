@@ -1,0 +1,1 @@
+"""rlhf_jax: reinforcement learning from human feedback as pure functions for JAX and Flax."""

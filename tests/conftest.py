@@ -1,0 +1,27 @@
+"""A strict runtime for every test: four CPU devices, no silent broadcasting of ranks, a compilation cache."""
+
+import os
+import pathlib
+import tempfile
+
+os.environ["XLA_FLAGS"] = "--xla_force_host_platform_device_count=4 " + os.environ.get("XLA_FLAGS", "")
+os.environ["JAX_PLATFORMS"] = "cpu"
+os.environ.setdefault("MPLBACKEND", "Agg")
+
+import hypothesis  # noqa: E402
+import jax  # noqa: E402
+import pytest  # noqa: E402
+
+jax.config.update("jax_numpy_rank_promotion", "raise")
+jax.config.update(
+    "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / f"rlhf_jax-test-cache-{os.getuid()}")
+)
+jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
+hypothesis.settings.load_profile("default")
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
