@@ -1,0 +1,50 @@
+"""The pytrees that flow between the floors. One shape comment per field; masks are bool, True = counts.
+
+Sequences are left-padded prompts followed by right-padded responses, so that every row's response starts at the same
+slot P. Index t of the response fields is the same generated token everywhere.
+"""
+
+from flax import struct
+from jax import Array
+
+__all__ = ["PreferenceBatch", "Rollout", "TokenBatch"]
+
+
+@struct.dataclass
+class TokenBatch:
+    """Sequences to learn from or to score."""
+
+    tokens: Array  # [B, T] int32
+    mask: Array  # [B, T] bool, real tokens (prompt and response) as opposed to padding
+    loss_mask: Array  # [B, T] bool, tokens that count as targets; slot 0 of a row never can
+
+
+@struct.dataclass
+class PreferenceBatch:
+    """Pairs in which a person preferred `chosen` to `rejected`."""
+
+    chosen: TokenBatch  # [B, T] the preferred sequences
+    rejected: TokenBatch  # [B, T] the others
+    weight: Array  # [B] float32, how much each pair counts; 1 for one comparison
+
+
+@struct.dataclass
+class Rollout:
+    """What a policy generated, with everything that generation computed on the way."""
+
+    tokens: Array  # [B, P + R] int32
+    mask: Array  # [B, P + R] bool, real tokens
+    response_mask: Array  # [B, R] bool, generated tokens up to and including the end token
+    log_probs: Array  # [B, R] float32, of the generated tokens under the distribution sampled from (warped)
+    raw_log_probs: Array  # [B, R] float32, of the same tokens under the unwarped model
+    hidden: Array | None = None  # [B, P + R, D] the frozen trunk's activations, if the model returns them
+
+    @property
+    def prompt_length(self) -> int:
+        """P, the number of (padded) prompt slots."""
+        return self.tokens.shape[-1] - self.response_mask.shape[-1]
+
+    @property
+    def responses(self) -> Array:
+        """[B, R] the generated tokens."""
+        return self.tokens[..., self.prompt_length :]
