@@ -1,8 +1,8 @@
 """Read a Llama-type language model from a GGUF file into the parameters of our decoder.
 
 GGUF stores the query and key rows of Llama models for rotary embeddings over pairs (2i, 2i + 1). Our decoder rotates
-halves (i, i + head_dim / 2), so those rows are put back in order. Weights are dequantised one tensor at a time to float32
-and turned to [in, out], the layout of a Flax kernel.
+halves (i, i + head_dim / 2), so those rows are put back in order. Weights are dequantised one tensor at a time to
+float32 and turned to [in, out], the layout of a Flax kernel.
 """
 
 import os
