@@ -68,8 +68,9 @@ def tfidf_scores(
         raise missing_extra("scikit-learn", "quickstart", "fit the tf-idf baseline") from None
     if not len(comparisons.chosen):
         raise ValueError("comparisons must not be empty")
-    tokens = {"token_pattern": r"(?u)\w+|[^\w\s]+"} if analyzer == "word" else {}  # punctuation and emoticons are words
-    vectorizer = TfidfVectorizer(analyzer=analyzer, ngram_range=ngrams, sublinear_tf=True, **tokens)
+    # Punctuation and emoticons count as words. Scikit-learn warns of any pattern but its own where it uses none.
+    pattern = r"(?u)\w+|[^\w\s]+" if analyzer == "word" else r"(?u)\b\w\w+\b"
+    vectorizer = TfidfVectorizer(analyzer=analyzer, ngram_range=ngrams, sublinear_tf=True, token_pattern=pattern)
     features = vectorizer.fit_transform(train_texts)
     differences = features[comparisons.chosen] - features[comparisons.rejected]
     # Every pair in both directions: the model then has no preference for a side, and both classes exist.
