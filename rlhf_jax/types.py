@@ -4,10 +4,12 @@ Sequences are left-padded prompts followed by right-padded responses, so that ev
 slot P. Index t of the response fields is the same generated token everywhere.
 """
 
+from typing import Any, NamedTuple
+
 from flax import struct
 from jax import Array
 
-__all__ = ["PreferenceBatch", "Rollout", "TokenBatch"]
+__all__ = ["ActorCritic", "Distilled", "PreferenceBatch", "Rollout", "TokenBatch", "TokenInputs"]
 
 
 @struct.dataclass
@@ -20,11 +22,20 @@ class TokenBatch:
 
 
 @struct.dataclass
+class TokenInputs:
+    """What a language-model policy is evaluated on: sequences, and what is already known of them."""
+
+    tokens: Array  # [B, P + R] int32
+    mask: Array  # [B, P + R] bool, real tokens
+    trunk: Array | None = None  # [B, P + R, D] activations of the frozen lower layers, if they were kept
+
+
+@struct.dataclass
 class PreferenceBatch:
     """Pairs in which a person preferred `chosen` to `rejected`."""
 
-    chosen: TokenBatch  # [B, T] the preferred sequences
-    rejected: TokenBatch  # [B, T] the others
+    chosen: Any  # what the scorer takes, for instance TokenInputs; every leaf has the leading axis B
+    rejected: Any  # the same structure, of the other behaviour
     weight: Array  # [B] float32, how much each pair counts; 1 for one comparison
 
 
@@ -37,7 +48,7 @@ class Rollout:
     response_mask: Array  # [B, R] bool, generated tokens up to and including the end token
     log_probs: Array  # [B, R] float32, of the generated tokens under the distribution sampled from (warped)
     raw_log_probs: Array  # [B, R] float32, of the same tokens under the unwarped model
-    hidden: Array | None = None  # [B, P + R, D] the frozen trunk's activations, if the model returns them
+    trunk: Array | None = None  # [B, P + R, D] activations entering the tapped layer, if one was
 
     @property
     def prompt_length(self) -> int:
@@ -48,3 +59,23 @@ class Rollout:
     def responses(self) -> Array:
         """[B, R] the generated tokens."""
         return self.tokens[..., self.prompt_length :]
+
+    @property
+    def inputs(self) -> TokenInputs:
+        """The sequences as a policy takes them."""
+        return TokenInputs(self.tokens, self.mask, self.trunk)
+
+
+class ActorCritic(NamedTuple):
+    """What actor and critic say about the tokens (or actions) that were taken."""
+
+    log_probs: Array  # [B, T] of the taken tokens
+    values: Array  # [B, T] of the state before each token
+    entropy: Array  # [B, T] of the actor's distribution there
+
+
+class Distilled(NamedTuple):
+    """A student beside its teacher, on the tokens that the teacher took."""
+
+    soft_cross_entropy: Array  # [B, T] H(teacher, student) at the state before each token
+    log_probs: Array  # [B, T] the student's

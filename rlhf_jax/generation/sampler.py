@@ -132,5 +132,5 @@ def generate(
         response_mask=state.mask,
         log_probs=state.log_probs,
         raw_log_probs=state.raw_log_probs,
-        hidden=state.hidden,
+        trunk=state.hidden,
     )

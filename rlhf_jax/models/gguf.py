@@ -126,8 +126,9 @@ def _config_fields(reader: "GGUFReader", path: str, *, tied: bool) -> dict[str, 
 
     def get(name: str, default: Any = None) -> Any:
         value = read_field(reader, f"{architecture}.{name}", default)
-        if value is None:
-            raise UserError(f"{path} lacks the header field {architecture}.{name}; {_REMEDY}")
+        if not isinstance(value, int | float):
+            problem = "lacks the" if value is None else "has no single number in its"
+            raise UserError(f"{path} {problem} header field {architecture}.{name}; {_REMEDY}")
         return value
 
     scaling = read_field(reader, f"{architecture}.rope.scaling.type", "none")
@@ -136,6 +137,9 @@ def _config_fields(reader: "GGUFReader", path: str, *, tied: bool) -> dict[str, 
         what = f"{experts} experts" if experts else f"{scaling!r} scaling of its rotary embeddings"
         raise UserError(f"{path} uses {what}, which the decoder does not have; choose another file")
     heads, width = get("attention.head_count"), get("embedding_length")
+    kv_heads = get("attention.head_count_kv", heads)
+    if heads < 1 or kv_heads < 1 or heads % kv_heads:
+        raise UserError(f"{path} declares {heads} query heads for {kv_heads} key heads; {_REMEDY}")
     head_dim = get("attention.key_length", get("rope.dimension_count", width // heads))
     vocab_size = read_field(reader, f"{architecture}.vocab_size")
     if vocab_size is None:
@@ -145,7 +149,7 @@ def _config_fields(reader: "GGUFReader", path: str, *, tied: bool) -> dict[str, 
         "width": int(width),
         "num_layers": int(get("block_count")),
         "num_heads": int(heads),
-        "num_kv_heads": int(get("attention.head_count_kv", heads)),
+        "num_kv_heads": int(kv_heads),
         "head_dim": int(head_dim),
         "mlp_width": int(get("feed_forward_length")),
         "rope_theta": float(get("rope.freq_base", 10000.0)),

@@ -1,0 +1,84 @@
+"""PD, policy distillation with human feedback: a teacher's soft targets, moved by what people like.
+
+The student learns on sequences y that the *teacher* generated. Per token its loss is
+
+    H(π_T, π_S)(s_t) + (w(y) - b) · (-log π_S(y_t | s_t)),     w(y) = exp(r(y) / β) / E[exp(r / β)]
+
+with human reward r and baseline b = 1: dense soft targets, and an unbiased human term with the soft targets as its
+control variate. In expectation it is the reward-weighted likelihood, whose optimum is π_T exp(r / β) / Z. With all
+rewards equal w = 1, and it is plain distillation, whose optimum is π_T.
+
+`apply_fn(params, inputs) -> Distilled` compares the student with the teacher; `rlhf_jax.models.policies` makes one for
+language models in which teacher and student are hidden states and output tables.
+"""
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import optax
+from flax import struct
+from flax.training.train_state import TrainState
+from jax import Array
+
+from rlhf_jax import masking
+from rlhf_jax.losses.human_distillation import human_soft_targets
+from rlhf_jax.masking import Totals
+from rlhf_jax.training.gradients import loss_and_gradients
+from rlhf_jax.training.state import merge_params
+from rlhf_jax.types import Distilled
+
+__all__ = ["Batch", "Config", "init", "loss", "update"]
+
+
+@struct.dataclass
+class Batch:
+    """Sequences that the teacher generated."""
+
+    inputs: Any  # what apply_fn takes; every leaf has the leading axis B
+    mask: Array  # [B, T] bool, generated tokens
+    human_weights: Array  # [B] w(y), see `losses.human_distillation.human_weights`; ones for plain distillation
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Config:
+    """How token losses become one number."""
+
+    reduce: Callable[[Array, Array], Totals] = masking.token_totals
+
+
+def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.GradientTransformation) -> TrainState:
+    """The state to start from: the student's trained parameters and their optimiser."""
+    return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+
+
+def loss(params: Any, apply_fn: Callable[..., Distilled], batch: Batch, *, config: Config) -> dict[str, Totals]:
+    """Soft-target cross-entropy with the human term, per token."""
+    student = apply_fn(params, batch.inputs)
+    soft, log_probs = masking.zero_outside(batch.mask, *student)
+    return {
+        "distillation/loss": config.reduce(
+            human_soft_targets(soft, log_probs, batch.human_weights[:, None]), batch.mask
+        ),
+        "distillation/soft_cross_entropy": config.reduce(soft, batch.mask),
+    }
+
+
+def update(
+    state: TrainState,
+    batch: Batch,
+    *,
+    config: Config,
+    frozen: Any = None,
+    axis_name: str | None = None,
+    microbatches: int = 1,
+) -> tuple[TrainState, dict[str, Array]]:
+    """One gradient step. `frozen` holds the parameters that `state` does not train."""
+
+    def terms(params: Any, rows: Batch) -> dict[str, Totals]:
+        return loss(merge_params(params, frozen), state.apply_fn, rows, config=config)
+
+    grads, metrics = loss_and_gradients(
+        terms, state.params, batch, weights={"distillation/loss": 1.0}, axis_name=axis_name, microbatches=microbatches
+    )
+    return state.apply_gradients(grads=grads), metrics | {"optim/grad_norm": optax.tree.norm(grads)}
