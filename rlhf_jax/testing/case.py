@@ -182,7 +182,7 @@ class Case:
         return drawn
 
 
-def spread(mask: np.ndarray, letters: str, target: str) -> np.ndarray | None:
+def spread(mask: Any, letters: str, target: str) -> Any:
     """A mask over `letters`, made to broadcast against an array over `target`; None where it does not apply."""
     if not target.startswith(letters):
         return None

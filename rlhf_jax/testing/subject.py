@@ -99,7 +99,7 @@ class Subject:
             seen.append(leaf if visible is None else jnp.where(visible, leaf, jnp.zeros((), leaf.dtype)))
         return seen
 
-    def objective(self, leaves: Sequence[Array], weights: Sequence[Array], axis_name: str | None = None) -> Array:
+    def objective(self, leaves: Sequence[Array], weights: Sequence[Any], axis_name: str | None = None) -> Array:
         """One number that depends on every float result of the whole batch."""
         total = jnp.zeros(())
         for leaf, weight, word in zip(leaves, weights, self.case.outputs, strict=True):

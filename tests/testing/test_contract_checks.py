@@ -1,4 +1,4 @@
-"""A check that cannot fail is worthless: one good loss passes all of the contract, and each broken one fails its check."""
+"""A check that cannot fail is worthless: good losses pass all of the contract, each broken one fails its check."""
 
 import functools
 
