@@ -185,7 +185,7 @@ def full_kl(logits: Array, reference_logits: Array) -> Array:
     Returns:
       [...] nats, never negative up to rounding.
     Raises: AssertionError if shapes differ.
-    Reference: Kullback and Leibler 1951, eq. 2.4, https://doi.org/10.1214/aoms/1177729694
+    Reference: Kullback and Leibler 1951, https://doi.org/10.1214/aoms/1177729694
 
     >>> logits = jnp.log(jnp.array([0.5, 0.5, 0.0]))  # the third token is forbidden
     >>> round(float(full_kl(logits, jnp.log(jnp.array([0.25, 0.5, 0.25])))), 4)

@@ -20,8 +20,16 @@ from rlhf_jax import kl, masking
 
 __all__ = [
     "check_rewards",
+    "clip_rewards",
+    "has_eos",
     "kl_shaped_rewards",
+    "overlong_penalty",
+    "replace_missing_eos",
+    "score_after_last_token",
     "score_at_last_token",
+    "score_at_slot",
+    "state_mask",
+    "subtract_missing_eos",
 ]
 
 
@@ -47,9 +55,14 @@ def check_rewards(rewards: Array, name: str = "rewards") -> Array:
 # --- where a sequence's score lands -----------------------------------------------------------------------------------
 
 
+def _slots(mask: Array) -> Array:
+    """[..., T] the index of every slot in its row."""
+    return jax.lax.broadcasted_iota(jnp.int32, mask.shape, mask.ndim - 1)
+
+
 def _last_slot(mask: Array) -> Array:
     """[...] index of the last true slot of each row, -1 for an empty row."""
-    return jnp.max(jnp.where(mask, jnp.arange(mask.shape[-1]), -1), axis=-1)
+    return jnp.max(jnp.where(mask, _slots(mask), -1), axis=-1, initial=-1)
 
 
 def _place(scores: Array, slots: Array, mask: Array) -> Array:
@@ -57,7 +70,7 @@ def _place(scores: Array, slots: Array, mask: Array) -> Array:
     scores = check_rewards(scores, "scores")
     masking.check_mask(mask)
     chex.assert_shape(scores, mask.shape[:-1])
-    here = jnp.arange(mask.shape[-1]) == slots[..., None]
+    here = _slots(mask) == slots[..., None]
     return jnp.where(here, scores[..., None], jnp.zeros((), scores.dtype))
 
 
@@ -72,12 +85,77 @@ def score_at_last_token(scores: Array, mask: Array) -> Array:
     Returns:
       [..., T] rewards, 0 at every other slot.
     Raises: TypeError for integer scores or a mask that is not bool; AssertionError if shapes disagree.
-    Reference: Ziegler et al. 2019, section 2.1, https://arxiv.org/abs/1909.08593
+    Reference: Stiennon et al. 2020, https://arxiv.org/abs/2009.01325
 
     >>> score_at_last_token(jnp.array([0.7]), jnp.array([[True, True, False]])).tolist()
     [[0.0, 0.7, 0.0]]
     """
     return _place(scores, _last_slot(mask), mask)
+
+
+def score_after_last_token(scores: Array, mask: Array) -> Array:
+    """Puts each sequence's score one slot after its last valid token if there is room, else on it.
+
+    Credit then reaches EOS through γλ like any other step, if the slot counts as a step: hand `state_mask(mask)`, not
+    the mask of the tokens, to `advantages.gae`. In a row without room equal to `score_at_last_token`.
+
+    Args:
+      scores: [...] one per sequence; NaN (missing) lands as NaN.
+      mask: [..., T] bool, tokens of the sequence.
+    Returns:
+      [..., T] rewards, 0 at every other slot. A row without a valid token gets nothing.
+    Raises: TypeError for integer scores or a mask that is not bool; AssertionError if shapes disagree.
+    Reference: Huang et al. 2024, https://arxiv.org/abs/2403.17031 (code)
+
+    >>> scores = jnp.array([0.7, 0.7])
+    >>> score_after_last_token(scores, jnp.array([[True, False, False], [True, True, True]])).tolist()
+    [[0.0, 0.7, 0.0], [0.0, 0.0, 0.7]]
+    """
+    last = _last_slot(mask)
+    return _place(scores, jnp.where(last < 0, -1, jnp.minimum(last + 1, mask.shape[-1] - 1)), mask)
+
+
+def score_at_slot(scores: Array, mask: Array, *, slot: int = -1) -> Array:
+    """Puts every score on the same slot, by default the last, whether or not it is a valid token.
+
+    Args:
+      scores: [...] one per sequence; NaN (missing) lands as NaN.
+      mask: [..., T] bool, gives the shape alone: a score lands also in a row or slot outside it.
+      slot: static int, -T <= slot < T.
+    Returns:
+      [..., T] rewards, 0 at every other slot.
+    Raises: TypeError for integer scores or a mask that is not bool; ValueError for a slot out of range;
+      AssertionError if shapes disagree.
+    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (code): fixed-length answers, scored at the end
+
+    >>> score_at_slot(jnp.array([0.7]), jnp.array([[True, False, False]])).tolist()
+    [[0.0, 0.0, 0.7]]
+    """
+    length = mask.shape[-1]
+    if not isinstance(slot, int) or isinstance(slot, bool) or not -length <= slot < length:
+        raise ValueError(f"slot must be an int in [{-length}, {length}), got {slot!r}")
+    return _place(scores, jnp.full(mask.shape[:-1], slot % length), mask)
+
+
+def state_mask(mask: Array) -> Array:
+    """The tokens and the slot after the last one, the states whose value counts where the score lands there.
+
+    Args:
+      mask: [..., T] bool, tokens of the sequence.
+    Returns:
+      [..., T] bool; a full row and an empty one stay as they are.
+    Raises: TypeError for a mask that is not bool.
+    Reference: Huang et al. 2024, https://arxiv.org/abs/2403.17031 (code)
+
+    >>> state_mask(jnp.array([True, False, False])).tolist()
+    [True, True, False]
+    """
+    masking.check_mask(mask)
+    last = _last_slot(mask)[..., None]
+    return mask | ((_slots(mask) == last + 1) & (last >= 0))
+
+
+# --- the KL to the reference ------------------------------------------------------------------------------------------
 
 
 def kl_shaped_rewards(
@@ -110,3 +188,114 @@ def kl_shaped_rewards(
     chex.assert_equal_shape([score_rewards, mask])
     log_probs, reference_log_probs = masking.zero_outside(mask, log_probs, reference_log_probs)
     return score_rewards - jax.lax.stop_gradient(beta * kl.k1(log_probs, reference_log_probs))
+
+
+# --- rules about the end and the length -------------------------------------------------------------------------------
+
+
+def has_eos(tokens: Array, mask: Array, *, eos: ArrayLike) -> Array:
+    """Whether a sequence contains an end token.
+
+    Args:
+      tokens: [..., T] int token ids.
+      mask: [..., T] bool, tokens of the sequence, including EOS. Padding never counts, even if pad = EOS.
+      eos: [] or [K] ids of the tokens that end a sequence.
+    Returns:
+      [...] bool.
+    Raises: TypeError for a mask that is not bool; AssertionError if shapes differ.
+
+    >>> tokens, mask = jnp.array([[5, 2], [5, 2]]), jnp.array([[True, True], [True, False]])
+    >>> has_eos(tokens, mask, eos=2).tolist()
+    [True, False]
+    """
+    masking.check_mask(mask, tokens)
+    return jnp.any(jnp.isin(tokens, jnp.atleast_1d(jnp.asarray(eos))) & mask, axis=-1)
+
+
+def replace_missing_eos(scores: Array, ended: Array, *, value: ArrayLike = -1.0) -> Array:
+    """A sequence that never ended gets a fixed score, whatever the judge said: s if ended else value.
+
+    Args:
+      scores: [...] one per sequence; a missing (NaN) score is replaced as well.
+      ended: [...] bool, from `has_eos`.
+      value: the score of the others; below all honest scores, or not ending pays.
+    Returns:
+      [...] scores.
+    Raises: TypeError for integer scores or `ended` that is not bool; AssertionError if shapes differ.
+    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593 (code); Huang et al. 2024,
+      https://arxiv.org/abs/2403.17031
+
+    >>> replace_missing_eos(jnp.array([0.5, 9.0]), jnp.array([True, False])).tolist()
+    [0.5, -1.0]
+    """
+    return jnp.where(_flag(ended, scores), check_rewards(scores, "scores"), value)
+
+
+def subtract_missing_eos(scores: Array, ended: Array, *, penalty: ArrayLike = 1.0) -> Array:
+    """A sequence that never ended pays a fixed price: s if ended else s - penalty (TRL).
+
+    penalty = 0 changes nothing.
+
+    Args:
+      scores: [...] one per sequence.
+      ended: [...] bool, from `has_eos`.
+      penalty: price in reward units.
+    Returns:
+      [...] scores.
+    Raises: TypeError for integer scores or `ended` that is not bool; AssertionError if shapes differ.
+
+    >>> subtract_missing_eos(jnp.array([0.5, 9.0]), jnp.array([True, False])).tolist()
+    [0.5, 8.0]
+    """
+    scores = check_rewards(scores, "scores")
+    return jnp.where(_flag(ended, scores), scores, scores - penalty)
+
+
+def _flag(ended: Array, scores: Array) -> Array:
+    if ended.dtype != jnp.bool_:
+        raise TypeError(f"ended must be bool, got dtype {ended.dtype}; write `ended > 0`")
+    chex.assert_equal_shape([ended, scores])
+    return ended
+
+
+def overlong_penalty(lengths: Array, *, max_length: ArrayLike, buffer: ArrayLike) -> Array:
+    """The soft punishment of long answers: 0 up to L - c tokens, falling to -1 at L, -1 beyond.
+
+    clip((L - c - length) / c, -1, 0) with L = max_length, c = buffer. buffer = 0 is the hard rule, -1 beyond L tokens.
+
+    Args:
+      lengths: [...] tokens per sequence; any integer or floating type.
+      max_length: L, tokens.
+      buffer: c >= 0, tokens over which the punishment grows.
+    Returns:
+      [...] float32 in [-1, 0], to be added to the score.
+    Reference: Yu et al. 2025, eq. 13, https://arxiv.org/abs/2503.14476
+
+    >>> overlong_penalty(jnp.array([10, 15, 30]), max_length=20, buffer=10).tolist()
+    [0.0, -0.5, -1.0]
+    """
+    lengths = jnp.asarray(lengths).astype(jnp.float32)
+    buffer = jnp.asarray(buffer, jnp.float32)
+    room = max_length - buffer - lengths
+    soft = jnp.clip(room / jnp.where(buffer > 0, buffer, 1.0), -1.0, 0.0)
+    return jnp.where(buffer > 0, soft, jnp.where(room < 0, -1.0, 0.0))
+
+
+def clip_rewards(rewards: Array, *, low: ArrayLike = -10.0, high: ArrayLike = 10.0) -> Array:
+    """Cuts rewards to a range: min(max(r, low), high). A missing reward (NaN) stays missing.
+
+    Clip scores, before a baseline is taken from them; clipped advantages are biased.
+
+    Args:
+      rewards: [...] scores.
+      low: smallest reward kept.
+      high: largest reward kept.
+    Returns:
+      [...] rewards in [low, high].
+    Raises: TypeError for integer rewards.
+
+    >>> clip_rewards(jnp.array([-50.0, 3.0])).tolist()
+    [-10.0, 3.0]
+    """
+    rewards = check_rewards(rewards)
+    return jnp.clip(rewards, jnp.asarray(low, rewards.dtype), jnp.asarray(high, rewards.dtype))
