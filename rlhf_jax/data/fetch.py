@@ -255,8 +255,8 @@ def _disk_errors(artefact: Artefact, folder: Path) -> Iterator[None]:
         if error.errno in (errno.ENOSPC, errno.EDQUOT):
             raise _disk_full(artefact, folder, error.strerror or "no space left") from None
         raise UserError(
-            f"{folder} cannot be used as a cache ({error.strerror or error}); mend that or set RLHF_JAX_CACHE to a folder "
-            "that you can write to"
+            f"{folder} cannot be used as a cache ({error.strerror or error}); mend that or set RLHF_JAX_CACHE to a "
+            "folder that you can write to"
         ) from None
 
 
