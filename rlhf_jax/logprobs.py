@@ -14,12 +14,15 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.vocabulary_chunks import head_log_probs
+from rlhf_jax.vocabulary_chunks import HeadStatistics, head_log_probs, head_statistics
 
 __all__ = [
+    "HeadStatistics",
     "Predictions",
     "entropy",
     "head_log_probs",
+    "head_statistics",
+    "log_normaliser",
     "predictions",
     "response_states",
     "shifted_log_probs",
@@ -62,6 +65,21 @@ def token_log_probs(logits: Array, tokens: Array, *, temperature: ArrayLike = 1.
     inside = jnp.where(tokens < 0, scaled.shape[-1], tokens)
     chosen = jnp.take_along_axis(scaled, inside[..., None], axis=-1, mode="fill", fill_value=jnp.nan)[..., 0]
     return chosen - jax.nn.logsumexp(scaled, axis=-1)
+
+
+def log_normaliser(logits: Array, *, temperature: ArrayLike = 1.0) -> Array:
+    """Log of the softmax's denominator: log Σ_v exp(z_v / τ), the input of `losses.supervised.z_loss`.
+
+    Args:
+      logits: [..., V]; -inf is a forbidden token.
+      temperature: τ, divides the logits.
+    Returns:
+      [...]; adding c to all logits adds c / τ.
+
+    >>> round(float(log_normaliser(jnp.zeros(4))), 4)
+    1.3863
+    """
+    return jax.nn.logsumexp(_scaled(logits, temperature), axis=-1)
 
 
 class Predictions(NamedTuple):
