@@ -31,7 +31,7 @@ def token_covariances(log_probs: Array, advantages: Array, mask: Array, *, axis_
       [..., T] covariances, 0 outside the mask; their mean is the covariance of the batch. Shifting all log-probs or all
       advantages changes nothing.
     Raises: TypeError for integer inputs or a mask that is not bool, AssertionError if shapes differ (at trace time).
-    Reference: Cui et al. 2025, section 4, https://arxiv.org/abs/2505.22617
+    Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617
 
     >>> ones = jnp.array([True, True])
     >>> token_covariances(jnp.array([-1.0, -3.0]), jnp.array([1.0, -1.0]), ones).tolist()
@@ -85,7 +85,7 @@ def clip_cov(
       ClippedSurrogate(loss [..., T], clipped [..., T]); clipped marks the tokens that PPO clips and the drawn ones.
       With covariance_low infinite it is `policy.clipped_surrogate`.
     Raises: TypeError for integer inputs or a mask that is not bool, AssertionError if shapes differ (at trace time).
-    Reference: Cui et al. 2025, section 4.2, https://arxiv.org/abs/2505.22617
+    Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617
 
     >>> log_probs, advantages = jnp.array([0.0, -4.0]), jnp.array([1.0, -1.0])
     >>> mask = jnp.array([True, True])
@@ -133,7 +133,7 @@ def kl_cov(
     Returns:
       [..., T] loss, 0 outside the mask.
     Raises: TypeError for integer inputs or a mask that is not bool, AssertionError if shapes differ (at trace time).
-    Reference: Cui et al. 2025, section 4.2, https://arxiv.org/abs/2505.22617
+    Reference: Cui et al. 2025, https://arxiv.org/abs/2505.22617
 
     >>> log_probs, old = jnp.array([0.0, -4.0]), jnp.array([-0.5, -4.0])
     >>> [round(x, 3) for x in kl_cov(log_probs, old, jnp.array([1.0, 0.0]), jnp.array([True, True])).tolist()]

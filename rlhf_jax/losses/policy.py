@@ -265,4 +265,4 @@ def entropy_bonus(entropies: Array, *, coefficient: ArrayLike = 0.01) -> Array:
     [-1.0]
     """
     (entropies,) = floating(entropies=entropies)
-    return -coefficient * entropies
+    return -jnp.asarray(coefficient, entropies.dtype) * entropies

@@ -59,7 +59,7 @@ def gspo(
       `policy.clipped_surrogate`.
     Raises: ValueError if advantages are not one per sequence, TypeError for integer inputs or a mask that is not bool,
       AssertionError if shapes differ (at trace time).
-    Reference: Zheng et al. 2025, eq. 5 and 7, https://arxiv.org/abs/2507.18071
+    Reference: Zheng et al. 2025, section 4.1, https://arxiv.org/abs/2507.18071
 
     >>> loss, clipped = gspo(jnp.array([[0.1, -0.1]]), jnp.zeros((1, 2)), jnp.array([2.0]), jnp.array([[True, True]]))
     >>> loss.tolist(), clipped.tolist()
