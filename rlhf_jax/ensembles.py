@@ -15,7 +15,7 @@ __all__ = ["mean", "mean_minus_std", "mean_minus_variance", "minimum"]
 
 
 def mean(rewards: Array) -> Array:
-    """The mean over reward models, the estimate of least variance.
+    """The mean over reward models, in which their independent errors average out.
 
     Args:
       rewards: [E, ...] one reward per member.
@@ -47,8 +47,10 @@ def minimum(rewards: Array) -> Array:
     return jnp.min(check_rewards(rewards), axis=0)
 
 
-def _variance(rewards: Array, centre: Array, ddof: ArrayLike) -> Array:
-    squares = jnp.sum(jnp.square(rewards - centre[None]), axis=0)
+def _variance(rewards: Array, ddof: ArrayLike) -> Array:
+    """Over the members, of their distances from the first one, so that equal opinions give exactly 0."""
+    distances = rewards - rewards[:1]
+    squares = jnp.sum(jnp.square(distances - mean(distances)[None]), axis=0)
     freedom = rewards.shape[0] - jnp.asarray(ddof, rewards.dtype)
     return jnp.where(freedom > 0, squares / jnp.where(freedom > 0, freedom, 1.0), 0.0)
 
@@ -71,8 +73,7 @@ def mean_minus_variance(rewards: Array, *, penalty: ArrayLike = 0.1, ddof: Array
     [1.5]
     """
     rewards = check_rewards(rewards)
-    centre = mean(rewards)
-    return centre - penalty * _variance(rewards, centre, ddof)
+    return mean(rewards) - penalty * _variance(rewards, ddof)
 
 
 def mean_minus_std(rewards: Array, *, k: ArrayLike = 1.0, ddof: ArrayLike = 0) -> Array:
@@ -93,7 +94,6 @@ def mean_minus_std(rewards: Array, *, k: ArrayLike = 1.0, ddof: ArrayLike = 0) -
     [0.0]
     """
     rewards = check_rewards(rewards)
-    centre = mean(rewards)
-    variance = _variance(rewards, centre, ddof)
+    variance = _variance(rewards, ddof)
     spread = jnp.where(variance > 0, jnp.sqrt(jnp.where(variance > 0, variance, 1.0)), variance)
-    return centre - k * spread
+    return mean(rewards) - k * spread

@@ -64,8 +64,8 @@ def reference_scale(
     Returns:
       Scale, to be used by `apply_scale`; stopped.
     Raises: TypeError for integer scores or a mask that is not bool; AssertionError if shapes differ.
-    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; its code does it before and after the reward model is
-      trained
+    Reference: Ziegler et al. 2019, https://arxiv.org/abs/1909.08593; its code does so before and after the reward
+      model is trained
 
     >>> scale = reference_scale(jnp.array([1.0, 5.0]), jnp.array([True, True]))
     >>> float(scale.gain), float(scale.bias)
