@@ -73,7 +73,7 @@ def load_gguf(source: "str | os.PathLike[str] | GGUFReader") -> tuple[dict[str, 
       source: a path, or what `open_gguf` returned.
     Returns:
       (fields, params): `TransformerConfig(**fields)` is the model's shape; params is the nested dict of float32 NumPy
-      arrays that its `apply` takes as `{"params": params}`. `head/kernel` is present only if the embeddings are untied.
+      arrays that its `apply` takes as `{"params": params}`. `head/embedding` is present only if the embeddings are untied.
     Raises: UserError if the architecture is another one, or a tensor is missing, unexpected or of another shape.
     """
     reader = open_gguf(source) if isinstance(source, str | os.PathLike) else source
@@ -181,7 +181,7 @@ def _plan(fields: dict[str, Any]) -> dict[str, tuple[tuple[str, ...], tuple[int,
             plan[f"blk.{layer}.{name}.weight"] = ((f"layer_{layer}", *parameter), shapes[name])
     plan["output_norm.weight"] = (("final_norm", "scale"), (width,))
     if not fields["tie_embeddings"]:
-        plan["output.weight"] = (("head", "kernel"), (vocab, width))
+        plan["output.weight"] = (("head", "embedding"), (vocab, width))
     return plan
 
 
