@@ -73,7 +73,7 @@ def load_gguf(source: "str | os.PathLike[str] | GGUFReader") -> tuple[dict[str, 
       source: a path, or what `open_gguf` returned.
     Returns:
       (fields, params): `TransformerConfig(**fields)` is the model's shape; params is the nested dict of float32 NumPy
-      arrays that its `apply` takes as `{"params": params}`. `head/embedding` is present only if the embeddings are untied.
+      arrays that its `apply` takes as `{"params": params}`, with `head/embedding` only if the embeddings are untied.
     Raises: UserError if the architecture is another one, or a tensor is missing, unexpected or of another shape.
     """
     reader = open_gguf(source) if isinstance(source, str | os.PathLike) else source
