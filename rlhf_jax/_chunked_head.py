@@ -2,7 +2,7 @@
 
 A `Head` is rows of hidden states and the table whose dot products with them are logits. `fold` visits the table chunk
 by chunk; a `Block` is one chunk with its logits [N, C]. `Softmax` keeps a running maximum and a running sum, as
-attention kernels do. `backpropagate` turns a gradient of the logits, chunk by chunk, into gradients of the head's parts.
+attention kernels do. `backpropagate` turns a gradient of the logits, by chunks, into gradients of the head's parts.
 """
 
 import math
@@ -74,6 +74,39 @@ def make_head(
     dtype = jnp.result_type(jnp.float32, hidden, table)
     flat = hidden.reshape(-1, hidden.shape[-1])
     return Head(flat, table, 1.0 / jnp.asarray(temperature, dtype), vocabulary_axis), hidden.shape[:-1]
+
+
+def make_heads(
+    hidden: Array,
+    table: Array,
+    teacher_hidden: Array,
+    teacher_table: Array,
+    temperature: ArrayLike,
+    vocabulary_axis: int,
+    teacher_vocabulary_axis: int | None,
+) -> tuple[Head, Head, tuple[int, ...]]:
+    """The heads of a student and its stopped teacher at one stopped temperature, and the shape of the token axes."""
+    temperature = lax.stop_gradient(temperature)
+    student, shape = make_head(hidden, table, temperature, vocabulary_axis)
+    axis = vocabulary_axis if teacher_vocabulary_axis is None else teacher_vocabulary_axis
+    teacher, teacher_shape = make_head(teacher_hidden, teacher_table, temperature, axis, name="teacher_")
+    if teacher_shape != shape:
+        raise ValueError(f"hidden and teacher_hidden must agree but for the width, got axes {shape}, {teacher_shape}")
+    size, teacher_size = student.table.shape[vocabulary_axis], teacher.table.shape[axis]
+    if teacher_size != size:
+        raise ValueError(f"student and teacher must share one vocabulary, got V = {size} and {teacher_size}")
+    stopped = teacher._replace(hidden=lax.stop_gradient(teacher.hidden), table=lax.stop_gradient(teacher.table))
+    return student, stopped, shape
+
+
+def flat_tokens(tokens: Array, shape: tuple[int, ...]) -> Array:
+    """[N] the ids of [...] tokens. Raises ``TypeError`` or ``ValueError`` if they are not integers of that shape."""
+    tokens = jnp.asarray(tokens)
+    if not jnp.issubdtype(tokens.dtype, jnp.integer):
+        raise TypeError(f"tokens must be integers, got dtype {tokens.dtype}")
+    if tokens.shape != shape:
+        raise ValueError(f"tokens must have shape {shape}, one id per hidden state, got {tokens.shape}")
+    return tokens.reshape(-1)
 
 
 class Block(NamedTuple):
@@ -184,8 +217,10 @@ def scale_gradient(head: Head, hidden_gradient: Array) -> Array:
     return jnp.sum(products) / head.scale
 
 
-def backpropagate(plan: Plan, head: Head, used: Array, logits_gradient: Callable[[Block], Array]) -> HeadGradient:
-    """Gradients of a head from `logits_gradient(block)` [N, C], that of the scaled logits; 0 for rows not used.
+def backpropagate(
+    plan: Plan, head: Head, used: Array, logits_gradient: Callable[[Array, Block], Array]
+) -> HeadGradient:
+    """Gradients of a head from `logits_gradient(index, block)` [N, C], that of the scaled logits; unused rows give 0.
 
     The table's gradient is written once, chunk by chunk, in the table's own layout. Under `jit` a gradient that nobody
     uses costs nothing, and a single chunk's logits are not computed again.
@@ -195,7 +230,7 @@ def backpropagate(plan: Plan, head: Head, used: Array, logits_gradient: Callable
     def step(carry: tuple[Array, Array], index: Array) -> tuple[Array, Array]:
         hidden, table = carry
         part = block(plan, head, index)
-        gradient = jnp.where(used[:, None], logits_gradient(part) * head.scale, 0.0)
+        gradient = jnp.where(used[:, None], logits_gradient(index, part) * head.scale, 0.0)
         left, right = (gradient, rows) if head.axis == 0 else (rows, gradient)
         columns = lax.dot_general(left, right, (((0,), (0,)), ((), ()))).astype(table.dtype)
         table = lax.dynamic_update_slice_in_dim(table, columns, part.ids[0], head.axis)

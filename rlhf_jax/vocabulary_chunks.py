@@ -29,6 +29,7 @@ from rlhf_jax._chunked_head import (
     backpropagate,
     block,
     dot,
+    flat_tokens,
     fold,
     init_softmax,
     make_head,
@@ -39,17 +40,16 @@ from rlhf_jax._chunked_head import (
     unseen,
     update_softmax,
 )
+from rlhf_jax.teacher_chunks import HeadDistillation, head_distillation, head_soft_cross_entropy
 
-__all__ = ["HeadStatistics", "head_log_probs", "head_statistics"]
-
-
-def _flat_tokens(tokens: Array, shape: tuple[int, ...]) -> Array:
-    tokens = jnp.asarray(tokens)
-    if not jnp.issubdtype(tokens.dtype, jnp.integer):
-        raise TypeError(f"tokens must be integers, got dtype {tokens.dtype}")
-    if tokens.shape != shape:
-        raise ValueError(f"tokens must have shape {shape}, one id per hidden state, got {tokens.shape}")
-    return tokens.reshape(-1)
+__all__ = [
+    "HeadDistillation",
+    "HeadStatistics",
+    "head_distillation",
+    "head_log_probs",
+    "head_soft_cross_entropy",
+    "head_statistics",
+]
 
 
 # --- log-probabilities ------------------------------------------------------------------------------------------------
@@ -82,7 +82,7 @@ def _log_probs_backward(plan: Plan, axis: int, residuals, cotangent: Array):
     head, used = Head(hidden, table, scale, axis), any_nonzero(cotangent)
     hidden_gradient = jnp.where(used[:, None], cotangent[:, None] * slope, 0.0)
 
-    def logits_gradient(part: Block) -> Array:
+    def logits_gradient(_: Array, part: Block) -> Array:
         probs = jnp.exp(part.logits - log_normaliser[:, None])
         return cotangent[:, None] * ((part.ids[None] == tokens[:, None]) - probs)
 
@@ -125,7 +125,7 @@ def head_log_probs(
     """
     head, shape = make_head(hidden, table, temperature, vocabulary_axis)
     plan = plan_chunks(head.table.shape[head.axis], head.hidden.shape[0], chunk)
-    return _log_probs(plan, head.axis, *head[:3], _flat_tokens(tokens, shape)).reshape(shape)
+    return _log_probs(plan, head.axis, *head[:3], flat_tokens(tokens, shape)).reshape(shape)
 
 
 # --- log-probabilities, entropy, concentration ------------------------------------------------------------------------
@@ -173,13 +173,12 @@ def _statistics_backward(plan: Plan, axis: int, residuals, cotangents: HeadStati
     for_log_probs, for_entropy, for_squares, for_normaliser = (x[:, None] for x in cotangents)
     _, entropy, squares, log_normaliser = (x[:, None] for x in statistics)
 
-    def logits_gradient(part: Block) -> Array:
+    def logits_gradient(_: Array, part: Block) -> Array:
         log_probs = part.logits - log_normaliser
         probs = jnp.exp(log_probs)
         slope = for_normaliser - for_log_probs - for_entropy * (log_probs + entropy)
-        return for_log_probs * (part.ids[None] == tokens[:, None]) + probs * (
-            slope + 2 * for_squares * (probs - squares)
-        )
+        slope = slope + 2 * for_squares * (probs - squares)
+        return for_log_probs * (part.ids[None] == tokens[:, None]) + probs * slope
 
     gradient = backpropagate(plan, Head(hidden, table, scale, axis), any_nonzero(*cotangents), logits_gradient)
     return *gradient, None
@@ -222,5 +221,5 @@ def head_statistics(
     """
     head, shape = make_head(hidden, table, temperature, vocabulary_axis)
     plan = plan_chunks(head.table.shape[head.axis], head.hidden.shape[0], chunk)
-    flat = _statistics(plan, head.axis, *head[:3], _flat_tokens(tokens, shape))
+    flat = _statistics(plan, head.axis, *head[:3], flat_tokens(tokens, shape))
     return HeadStatistics(*(x.reshape(shape) for x in flat))
