@@ -166,7 +166,7 @@ class Checkpoints:
         if places:
             item = ocp.args.StandardRestore(traverse_util.unflatten_dict(places, sep="/"))
             arrays = traverse_util.flatten_dict(self._read(step, state=item)["state"], sep="/")
-        leaves = [_from_stored(saved[path], arrays.get(path), leaf) for path, leaf in wanted.items()]
+        leaves = [_from_stored(saved[path], arrays.pop(path, None), leaf) for path, leaf in wanted.items()]
         return Restored(step, jax.tree.unflatten(jax.tree.structure(target), leaves), manifest["metadata"])
 
     def _manager(self) -> ocp.CheckpointManager:
