@@ -15,11 +15,12 @@ def floating(**arrays: Array) -> tuple[Array, ...]:
     >>> floating(scores=jnp.array([1.0], jnp.bfloat16))[0].dtype.name
     'float32'
     """
-    for name, x in arrays.items():
-        if not jnp.issubdtype(jnp.asarray(x).dtype, jnp.floating):
-            raise TypeError(f"{name} must be floating, got dtype {jnp.asarray(x).dtype}; convert it with astype first")
-    chex.assert_equal_shape(list(arrays.values()))
-    return tuple(jnp.asarray(x, jnp.promote_types(jnp.asarray(x).dtype, jnp.float32)) for x in arrays.values())
+    given = {name: jnp.asarray(x) for name, x in arrays.items()}
+    for name, x in given.items():
+        if not jnp.issubdtype(x.dtype, jnp.floating):
+            raise TypeError(f"{name} must be floating, got dtype {x.dtype}; convert it with astype first")
+    chex.assert_equal_shape(list(given.values()))
+    return tuple(x.astype(jnp.promote_types(x.dtype, jnp.float32)) for x in given.values())
 
 
 def check_flags(name: str, flags: Array, like: Array) -> None:
@@ -74,10 +75,10 @@ def power_scores(x: Array, alpha: ArrayLike) -> Array:
     >>> power_scores(jnp.array([3.0]), 0.0).tolist()
     [3.0]
     """
-    z = -knob(alpha, x) * x
+    alpha = knob(alpha, x)
+    z = -alpha * x
     small = jnp.abs(z) < 1e-3
     series = 1 + z / 2 * (1 + z / 3 * (1 + z / 4 * (1 + z / 5)))
-    safe = jnp.where(small, 1.0, z)
-    limit = _exponent_limit(x)
+    limit, safe = _exponent_limit(x), jnp.where(small, 1.0, z)
     grown = jnp.expm1(jnp.minimum(safe, limit)) + float(np.exp(limit)) * jnp.maximum(safe - limit, 0.0)
-    return x * jnp.where(small, series, grown / safe)
+    return jnp.where(small, x * series, -grown / jnp.where(small, 1.0, alpha))

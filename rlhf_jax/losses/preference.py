@@ -2,8 +2,9 @@
 
 One signature for all: ``(chosen_log_ratios, rejected_log_ratios, *, beta, knobs) -> loss per pair [...]``. A log-ratio
 ρ is a completion's summed log π(y|x) - log π_ref(y|x), over completion tokens only, in nats; β ρ is the reward that
-the policy implies. Adding the same number to both log-ratios of a pair changes nothing here. Losses are unreduced,
-float32 (float64 inputs stay float64); the gradient flows into both log-ratios.
+the policy implies. Adding the same number to both log-ratios of a pair (to both per-token means in the `_mean` forms)
+changes nothing here. Losses are unreduced, float32 (float64 inputs stay float64); the gradient flows into both
+log-ratios.
 
 Where the others are: `anchored_preference` (each log-ratio has its own target), `divergence_preference` (f-DPO),
 `distributional_preference` (AOT), `reference_free_preference` (CPO, SimPO, ORPO ...), `unpaired_preference` (KTO, BCO),
@@ -44,6 +45,11 @@ def _margins(chosen_log_ratios: Array, rejected_log_ratios: Array) -> Array:
     return chosen - rejected
 
 
+def _logits(chosen_log_ratios: Array, rejected_log_ratios: Array, beta: ArrayLike) -> Array:
+    margins = _margins(chosen_log_ratios, rejected_log_ratios)
+    return knob(beta, margins) * margins
+
+
 def _mean_margins(chosen: Array, rejected: Array, chosen_lengths: Array, rejected_lengths: Array) -> Array:
     chosen, rejected = floating(chosen_log_ratios=chosen, rejected_log_ratios=rejected)
     return per_token(chosen, chosen_lengths) - per_token(rejected, rejected_lengths)
@@ -65,7 +71,7 @@ def dpo(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: ArrayLike
     >>> round(float(dpo(jnp.array(0.0), jnp.array(0.0))), 4)
     0.6931
     """
-    return -jax.nn.log_sigmoid(beta * _margins(chosen_log_ratios, rejected_log_ratios))
+    return -jax.nn.log_sigmoid(_logits(chosen_log_ratios, rejected_log_ratios, beta))
 
 
 def dpo_mean(
@@ -110,7 +116,7 @@ def conservative_dpo(
     >>> round(float(conservative_dpo(jnp.array(3.0), jnp.array(3.0), label_smoothing=0.3)), 4)
     0.6931
     """
-    logits = beta * _margins(chosen_log_ratios, rejected_log_ratios)
+    logits = _logits(chosen_log_ratios, rejected_log_ratios, beta)
     epsilon = knob(label_smoothing, logits)
     return -(1 - epsilon) * jax.nn.log_sigmoid(logits) - epsilon * jax.nn.log_sigmoid(-logits)
 
@@ -133,7 +139,7 @@ def robust_dpo(
     >>> round(float(robust_dpo(jnp.array(3.0), jnp.array(3.0), label_smoothing=0.3)), 4)
     0.6931
     """
-    logits = beta * _margins(chosen_log_ratios, rejected_log_ratios)
+    logits = _logits(chosen_log_ratios, rejected_log_ratios, beta)
     kept, flipped = jax.nn.log_sigmoid(logits), jax.nn.log_sigmoid(-logits)
     epsilon = knob(label_smoothing, logits)
     return (epsilon * flipped - (1 - epsilon) * kept) / (1 - 2 * epsilon)
@@ -153,7 +159,7 @@ def hinge(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: ArrayLi
     >>> hinge(jnp.array([0.0, 30.0]), jnp.array([0.0, 0.0])).tolist()
     [1.0, 0.0]
     """
-    return jax.nn.relu(1 - beta * _margins(chosen_log_ratios, rejected_log_ratios))
+    return jax.nn.relu(1 - _logits(chosen_log_ratios, rejected_log_ratios, beta))
 
 
 def ipo_sum(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: ArrayLike = 0.1) -> Array:
@@ -220,7 +226,7 @@ def exo(
     >>> round(abs(float(exo(jnp.log(4.0), jnp.array(0.0), beta=1.0, label_smoothing=0.2))), 5)
     0.0
     """
-    logits = beta * _margins(chosen_log_ratios, rejected_log_ratios)
+    logits = _logits(chosen_log_ratios, rejected_log_ratios, beta)
     epsilon = knob(label_smoothing, logits)
     won = jax.nn.sigmoid(logits) * (jax.nn.log_sigmoid(logits) - jnp.log1p(-epsilon))
     lost = jax.nn.sigmoid(-logits) * (jax.nn.log_sigmoid(-logits) - jnp.log(epsilon))
@@ -245,7 +251,7 @@ def discopop(
     >>> round(float(discopop(jnp.array(1.0), jnp.array(1.0))), 4)
     0.8466
     """
-    logits = beta * _margins(chosen_log_ratios, rejected_log_ratios)
+    logits = _logits(chosen_log_ratios, rejected_log_ratios, beta)
     modulation = logits / tau
     logistic = -jax.nn.log_sigmoid(logits) * jax.nn.sigmoid(-modulation)
     return logistic + bounded_exp(jax.nn.log_sigmoid(modulation) - logits)

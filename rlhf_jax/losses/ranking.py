@@ -68,6 +68,6 @@ def list_choice(scores: Array, choice: Array, mask: Array) -> Array:
     check_integers("choice", choice)
     chex.assert_shape(choice, scores.shape[:-1])
     present = jnp.where(mask, scores, _low(scores))
-    picked = mask & (jnp.arange(scores.shape[-1]) == jnp.asarray(choice)[..., None])
+    picked = mask & jax.nn.one_hot(choice, scores.shape[-1], dtype=jnp.bool_)
     loss = jax.nn.logsumexp(present, axis=-1) - masking.masked_sum(present, picked, axis=-1)
     return jnp.where(jnp.any(mask, axis=-1), jnp.where(jnp.any(picked, axis=-1), loss, jnp.nan), 0.0)

@@ -108,7 +108,7 @@ def ordinal(scores: Array, ratings: Array, cut_points: Array) -> Array:
     check_integers("ratings", ratings)
     chex.assert_equal_shape([scores, ratings])
     log_probs = ordinal_log_probs(scores, cut_points)
-    given = jnp.arange(log_probs.shape[-1]) == jnp.asarray(ratings)[..., None]
+    given = jax.nn.one_hot(ratings, log_probs.shape[-1], dtype=jnp.bool_)
     loss = -masking.masked_sum(log_probs, given, axis=-1)
     return jnp.where(jnp.any(given, axis=-1), loss, jnp.nan)
 

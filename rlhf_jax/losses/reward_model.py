@@ -106,7 +106,7 @@ class OutcomeLogProbs(NamedTuple):
 def rao_kupper_log_probs(first_scores: Array, second_scores: Array, *, theta: ArrayLike) -> OutcomeLogProbs:
     """Rao-Kupper: P(win) = σ(Δ - log θ), P(loss) = σ(-Δ - log θ), P(tie) = (θ² - 1) P(win) P(loss), Δ = s₁ - s₂.
 
-    A difference of less than log θ goes unnoticed half of the time.
+    A win must be felt by more than log θ: a completion better by just that wins half of the time.
 
     Args:
       first_scores, second_scores: [...] scores.
