@@ -79,9 +79,9 @@ def gae(
     [[0.78, 0.0, 0.4]]
     """
     rewards, values = clean(mask, rewards, values)
-    discounts, final = per_step(discount, rewards, "discount"), final_values(bootstrap_value, rewards)
+    discounts, final = per_step(discount, mask, rewards, "discount"), final_values(bootstrap_value, rewards)
     errors = rewards + discounts * at_next_valid(values, mask, final) - values
-    decay = discounts * per_step(gae_lambda, rewards, "gae_lambda")
+    decay = discounts * per_step(gae_lambda, mask, rewards, "gae_lambda")
     advantages = backward_recursion(errors, decay, mask, jnp.zeros_like(final))
     return Advantages(advantages, advantages + values)
 
@@ -175,8 +175,8 @@ def gae_with_truncation(
     names = ("rewards", "values", "next_values")
     rewards, values, next_values = clean(mask, rewards, values, next_values, names=names)
     next_values = jnp.where(terminations, 0.0, next_values)
-    discounts = per_step(discount, rewards, "discount")
-    decay = jnp.where(terminations | truncations, 0.0, discounts * per_step(gae_lambda, rewards, "gae_lambda"))
+    discounts = per_step(discount, mask, rewards, "discount")
+    decay = jnp.where(terminations | truncations, 0.0, discounts * per_step(gae_lambda, mask, rewards, "gae_lambda"))
     errors = rewards + discounts * next_values - values
     advantages = backward_recursion(errors, decay, mask, jnp.zeros_like(rewards[..., 0]))
     return Advantages(advantages, advantages + values)
@@ -227,11 +227,11 @@ def vtrace(
     """
     log_ratio = jax.lax.stop_gradient(kl.k1(*masking.zero_outside(mask, log_probs, behaviour_log_probs)))
     rewards, values = clean(mask, rewards, values)
-    discounts, final = per_step(discount, rewards, "discount"), final_values(bootstrap_value, rewards)
+    discounts, final = per_step(discount, mask, rewards, "discount"), final_values(bootstrap_value, rewards)
     rho = jnp.exp(jnp.minimum(log_ratio, jnp.log(jnp.asarray(rho_bar, log_ratio.dtype)))).astype(rewards.dtype)
     c = jnp.exp(jnp.minimum(log_ratio, jnp.log(jnp.asarray(c_bar, log_ratio.dtype)))).astype(rewards.dtype)
     errors = rho * (rewards + discounts * at_next_valid(values, mask, final) - values)
-    decay = discounts * per_step(trace_lambda, rewards, "trace_lambda") * c
+    decay = discounts * per_step(trace_lambda, mask, rewards, "trace_lambda") * c
     targets = jnp.where(mask, values + backward_recursion(errors, decay, mask, jnp.zeros_like(final)), 0.0)
     advantages = rho * (rewards + discounts * at_next_valid(targets, mask, final) - values)
     return VTrace(*masking.zero_outside(mask, advantages, targets, rho))

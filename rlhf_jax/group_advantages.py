@@ -296,8 +296,9 @@ def gdpo(
 ) -> Array:
     """Several rewards, each normalised in its group before they are added: A_i = whiten(Σ_n w_n A_i^n).
 
-    A^n is `group_relative` of reward n. A reward of large scale cannot drown the others, and combinations that have the
-    same sum stay apart. The result is whitened over the batch, so a common factor of the weights does not matter.
+    A^n is `group_relative` of reward n. A reward of large scale cannot drown the others, and combinations of the same
+    sum stay apart where one of their rewards is rarer than the other. The result is whitened over the batch, so a
+    common factor of the weights does not matter.
 
     Args:
       rewards: [B, N] N rewards per sequence.

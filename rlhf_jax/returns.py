@@ -40,12 +40,12 @@ def clean(mask: Array, *arrays: Array, names: tuple[str, ...] = ("rewards", "val
     return masking.zero_outside(mask, *(x.astype(dtype) for x in wide))
 
 
-def per_step(knob: ArrayLike, like: Array, name: str) -> Array:
-    """[..., T] a knob that is one number or one per step."""
+def per_step(knob: ArrayLike, mask: Array, like: Array, name: str) -> Array:
+    """[..., T] a knob that is one number or one per step, 0 outside the mask."""
     knob = jnp.asarray(knob, like.dtype)
     if knob.shape not in ((), like.shape):
         raise ValueError(f"{name} must be one number or have shape {like.shape}, one per step; got shape {knob.shape}")
-    return jnp.broadcast_to(knob, like.shape)
+    return jnp.where(mask, knob, jnp.zeros_like(like))
 
 
 def final_values(bootstrap_value: ArrayLike, like: Array) -> Array:
@@ -131,7 +131,7 @@ def discounted_returns(
     """
     (rewards,) = clean(mask, rewards)
     return backward_recursion(
-        rewards, per_step(discount, rewards, "discount"), mask, final_values(bootstrap_value, rewards)
+        rewards, per_step(discount, mask, rewards, "discount"), mask, final_values(bootstrap_value, rewards)
     )
 
 
@@ -169,7 +169,7 @@ def n_step_returns(
     if not isinstance(n, int) or isinstance(n, bool) or n < 1:
         raise ValueError(f"n must be an int >= 1, got {n!r}")
     rewards, values = clean(mask, rewards, values)
-    discounts, final = per_step(discount, rewards, "discount"), final_values(bootstrap_value, rewards)
+    discounts, final = per_step(discount, mask, rewards, "discount"), final_values(bootstrap_value, rewards)
 
     def one_step_further(_: int, targets: Array) -> Array:
         return rewards + discounts * at_next_valid(targets, mask, final)
@@ -207,7 +207,7 @@ def lambda_returns(
     [[0.75, 1.0]]
     """
     rewards, values = clean(mask, rewards, values)
-    discounts, final = per_step(discount, rewards, "discount"), final_values(bootstrap_value, rewards)
-    trace = per_step(trace_lambda, rewards, "trace_lambda")
+    discounts, final = per_step(discount, mask, rewards, "discount"), final_values(bootstrap_value, rewards)
+    trace = per_step(trace_lambda, mask, rewards, "trace_lambda")
     targets = rewards + discounts * (1.0 - trace) * at_next_valid(values, mask, final)
     return backward_recursion(targets, discounts * trace, mask, final)
