@@ -59,8 +59,8 @@ class Loss:
 
 
 def gold(function):
-    """A triple loss as a pair loss, with gold log-probs of -1."""
-    return lambda w, lo, *lengths, **knobs: function(w, lo, -jnp.ones_like(w), *lengths, **knobs)
+    """A triple loss as a pair loss, with gold log-probs of -3."""
+    return lambda w, lo, *lengths, **knobs: function(w, lo, jnp.full_like(w, -3.0), *lengths, **knobs)
 
 
 def exploring(w, lo, **knobs):
@@ -249,19 +249,19 @@ LOSSES = {
     ),
     "tpo": Loss(
         gold(free.tpo),
-        lambda w, lo, n, m, beta=0.01, alpha=1.0: nll(beta * (w - lo)) + alpha,
+        lambda w, lo, n, m, beta=0.01, alpha=1.0: nll(beta * (w - lo)) + 3 * alpha,
         {"beta": (0.05, 0.7), "alpha": (0.0, 0.5)},
         free=True,
-        equal=math.log(2) + 1,
+        equal=math.log(2) + 3,
     ),
     "tpo_length_controlled": Loss(
         gold(free.tpo_length_controlled),
-        lambda w, lo, n, m, beta=10.0, gamma=3.0, alpha=0.05: nll(beta * (w / n - lo / m) - gamma) + alpha,
+        lambda w, lo, n, m, beta=10.0, gamma=3.0, alpha=0.05: nll(beta * (w / n - lo / m) - gamma) + 3 * alpha,
         {"beta": (1.0, 2.5), "gamma": (0.0, 1.0), "alpha": (0.0, 0.5)},
         lengths=True,
         free=True,
         shift="token",
-        equal=nll(-3.0) + 0.05,
+        equal=nll(-3.0) + 0.15,
     ),
     "xpo": Loss(
         exploring,
