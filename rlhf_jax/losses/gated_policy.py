@@ -88,9 +88,10 @@ def sapo(
 
 
 def _gated(log_ratio: Array, advantages: Array, closed: Array) -> ClippedSurrogate:
-    """-r·A, and 0 without gradient where the gate is closed."""
-    open_ratio = jnp.exp(jnp.where(closed, 0.0, log_ratio))
-    return ClippedSurrogate(jnp.where(closed, 0.0, -open_ratio * advantages), closed)
+    """-r·A, and 0 without gradient where the gate is closed. Ratios that do not count are kept out of the exp."""
+    idle = closed | (advantages == 0)
+    ratio = jnp.exp(jnp.where(idle, 0.0, log_ratio))
+    return ClippedSurrogate(jnp.where(idle, 0.0, -ratio * advantages), closed)
 
 
 def dppo_tv(

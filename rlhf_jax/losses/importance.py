@@ -177,7 +177,8 @@ def off_policy_sequence_mask(
       threshold: largest mean divergence, in nats per token, of a sequence with a negative advantage.
     Returns:
       [...] bool; use it to narrow the mask, `mask & kept[..., None]`.
-    Raises: TypeError for integer inputs or a mask that is not bool, AssertionError if shapes differ (at trace time).
+    Raises: ValueError if advantages are not one per sequence, TypeError for integer inputs or a mask that is not bool,
+      AssertionError if shapes differ (at trace time).
     Reference: DeepSeek-AI 2025 (DeepSeek-V3.2), https://arxiv.org/abs/2512.02556
 
     >>> trainer, sampler = jnp.array([[-3.0], [-3.0]]), jnp.array([[-1.0], [-1.0]])
@@ -186,6 +187,8 @@ def off_policy_sequence_mask(
     [True, False]
     """
     (advantages,) = floating(advantages=advantages)
+    if advantages.shape != mask.shape[:-1]:
+        raise ValueError(f"advantages must have one value per sequence, {mask.shape[:-1]}, got {advantages.shape}")
     cleaned = masking.zero_outside(mask, trainer_log_probs, sampler_log_probs)
     divergence = -masking.masked_mean(_log_ratio(*cleaned), mask, axis=-1)
     return (advantages >= 0) | (divergence <= threshold)

@@ -15,6 +15,8 @@ MPO and V-MPO also hold the policy near the old one by `kl_constraint`. Weights,
 temperatures and multipliers that are learned are arguments, and their losses have a gradient.
 """
 
+from typing import NamedTuple
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -38,15 +40,25 @@ __all__ = [
 ]
 
 
-def _log_mean_exp(x: Array, mask: Array, *, axis: int | None = None, axis_name: str | None = None) -> Array:
-    """log((1/n)·Σ_{mask} exp x), reduced axes kept as 1; 0 where nothing counts. The largest x is taken out first."""
-    x = jnp.where(mask, x, 0.0)
+class _Exponentials(NamedTuple):
+    """exp x under a mask, with the largest x taken out so that nothing overflows."""
+
+    peak: Array  # reduced axes kept as 1
+    scaled: Array  # exp(x - peak), 1 outside the mask
+    mean: Array  # of scaled over the mask, reduced axes kept as 1; 1 where nothing counts
+
+    def log_mean(self) -> Array:
+        """log((1/n)·Σ exp x); 0 where nothing counts."""
+        return self.peak + jnp.log(self.mean)
+
+
+def _exponentials(x: Array, mask: Array, *, axis: int | None = None, axis_name: str | None = None) -> _Exponentials:
     peak = jnp.max(jax.lax.stop_gradient(jnp.where(mask, x, -jnp.inf)), axis=axis, keepdims=True)
     peak = peak if axis_name is None else jax.lax.pmax(peak, axis_name)
     peak = jnp.where(jnp.isfinite(peak), peak, 0.0)
-    shifted = jnp.exp(jnp.where(mask, x - peak, 0.0))
-    mean = masking.masked_mean(shifted, mask, axis=axis, axis_name=axis_name, keepdims=True)
-    return peak + jnp.log(jnp.where(mean > 0, mean, 1.0))
+    scaled = jnp.exp(jnp.where(mask, x - peak, 0.0))
+    mean = masking.masked_mean(scaled, mask, axis=axis, axis_name=axis_name, keepdims=True)
+    return _Exponentials(peak, scaled, jnp.where(mean > 0, mean, 1.0))
 
 
 def _clean(values: Array, mask: Array, name: str) -> Array:
@@ -113,7 +125,8 @@ def awac_weights(
     [0.5, 1.5]
     """
     scaled = _clean(advantages, mask, "advantages") / temperature
-    return jnp.where(mask, jnp.exp(scaled - _log_mean_exp(scaled, mask, axis_name=axis_name)), 0.0)
+    _, exponentials, mean = _exponentials(scaled, mask, axis_name=axis_name)
+    return jnp.where(mask, exponentials / mean, 0.0)
 
 
 def mpo_weights(q_values: Array, mask: Array, *, temperature: ArrayLike) -> Array:
@@ -134,8 +147,8 @@ def mpo_weights(q_values: Array, mask: Array, *, temperature: ArrayLike) -> Arra
     """
     scaled = _clean(q_values, mask, "q_values") / jax.lax.stop_gradient(jnp.asarray(temperature))
     count = masking.masked_sum(jnp.ones_like(scaled), mask, axis=-1, keepdims=True)
-    weights = jnp.exp(scaled - _log_mean_exp(scaled, mask, axis=-1)) / jnp.maximum(count, 1.0)
-    return jnp.where(mask, weights, 0.0)
+    _, exponentials, mean = _exponentials(scaled, mask, axis=-1)
+    return jnp.where(mask, exponentials / (mean * jnp.maximum(count, 1.0)), 0.0)
 
 
 def mpo_temperature_loss(temperature: ArrayLike, q_values: Array, mask: Array, *, epsilon: ArrayLike = 0.1) -> Array:
@@ -158,7 +171,7 @@ def mpo_temperature_loss(temperature: ArrayLike, q_values: Array, mask: Array, *
     """
     cleaned = _clean(q_values, mask, "q_values")
     temperature = jnp.asarray(temperature)
-    value = temperature * (epsilon + _log_mean_exp(cleaned / temperature, mask, axis=-1)[..., 0])
+    value = temperature * (epsilon + _exponentials(cleaned / temperature, mask, axis=-1).log_mean()[..., 0])
     return jnp.where(jnp.any(mask, axis=-1), value, 0.0)
 
 
@@ -202,8 +215,8 @@ def vmpo_weights(advantages: Array, selected: Array, *, temperature: ArrayLike, 
     """
     scaled = _clean(advantages, selected, "advantages") / jax.lax.stop_gradient(jnp.asarray(temperature))
     count = masking.masked_sum(jnp.ones_like(scaled), selected, axis_name=axis_name)
-    weights = jnp.exp(scaled - _log_mean_exp(scaled, selected, axis_name=axis_name)) / jnp.maximum(count, 1.0)
-    return jnp.where(selected, weights, 0.0)
+    _, exponentials, mean = _exponentials(scaled, selected, axis_name=axis_name)
+    return jnp.where(selected, exponentials / (mean * jnp.maximum(count, 1.0)), 0.0)
 
 
 def vmpo_temperature_loss(
@@ -232,7 +245,7 @@ def vmpo_temperature_loss(
     """
     cleaned = _clean(advantages, selected, "advantages")
     temperature = jnp.asarray(temperature)
-    log_mean = _log_mean_exp(cleaned / temperature, selected, axis_name=axis_name)
+    log_mean = _exponentials(cleaned / temperature, selected, axis_name=axis_name).log_mean()
     return temperature * (epsilon + jnp.reshape(log_mean, ()))
 
 
