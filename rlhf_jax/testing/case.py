@@ -30,7 +30,7 @@ DRAWS: dict[str, Draw] = {
 EXTREMES: dict[str, tuple[float, ...]] = {
     "real": (1.0, -1.0),
     "log_prob": (-1.0,),
-    "positive": (1.0, 1e-30),
+    "positive": (1.0, 1e-6),
     "unit": (0.0, 1.0),
     "sign": (),
 }
@@ -67,7 +67,7 @@ class Case:
       knobs: numeric keyword arguments with the values to try, or one value v, tried as v/2, v and 2v.
       static: structural keyword arguments, passed as they are.
       fixed: values of the positional arguments written ``_``, by name: states, keys, functions.
-      draws: how to draw an argument, by name, where its domain's distribution will not do.
+      draws: how to draw an argument, by name, where its domain's distribution will not do; it has no extremes then.
       stopped: names of the float arguments through which no gradient may flow.
       rows_together: rows that belong together (a group of samples, a pair) and move together.
       sizes: of letters; B, T, V and D have defaults.
@@ -147,8 +147,7 @@ class Case:
         """Bool mask of ragged rows that end early: a full, an empty and a one-token row, and holes."""
         shape = self.shape(letters)
         if not letters.endswith("T"):
-            mask = rng.random(shape) < 0.8
-            return mask if self.rows_together == 1 else np.ones(shape, bool)
+            return rng.random(shape) < 0.8
         rows, content = shape[0], max(shape[-1] - 3, 1)
         lengths = np.resize([content, content - 1, 0, 1, 2, content], rows)
         mask = np.arange(shape[-1]) < lengths.reshape((rows,) + (1,) * (len(shape) - 1))

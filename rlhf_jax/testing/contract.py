@@ -5,7 +5,7 @@ does not pass. A check that a specification gives nothing to work on raises `Not
 """
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -47,17 +47,16 @@ def check_jit(function: Callable[..., Any], case: Case) -> None:
 def check_knobs(function: Callable[..., Any], case: Case) -> None:
     """Every numeric knob is traced: a new value compiles nothing, and `vmap` over values equals a loop over them."""
     subject = examine(function, case)
-    values = case.knob_values()
-    if not values:
+    if not subject.knobs:
         raise NotApplicable("the case names no knobs")
-    for name, tried in values.items():
-        looped = [subject.run(knobs={**subject.knobs, name: value})[0] for value in tried]
-        with subject.in_words(f"vmap over {name} fails"):
-            mapped = subject.map_knob(name, tried)
-        for index, expected in enumerate(looped):
-            subject.same([leaf[index] for leaf in mapped], expected, f"vmap over {name} differs from a loop")
+    settings = subject.knob_settings()
+    looped = [subject.run(knobs=setting)[0] for setting in settings]
     if subject.traces != 1:
-        raise AssertionError(f"{subject.name}: compiled {subject.traces} times while only knobs {(*values,)} changed")
+        raise AssertionError(f"{subject.name}: compiled {subject.traces} times while only knobs changed")
+    with subject.in_words("vmap over knobs fails"):
+        mapped = subject.map_knobs({name: np.stack([setting[name] for setting in settings]) for name in subject.knobs})
+    for index, (setting, expected) in enumerate(zip(settings, looped, strict=True)):
+        subject.same([leaf[index] for leaf in mapped], expected, f"vmap over knobs differs from a loop at {setting}")
 
 
 def check_garbage(function: Callable[..., Any], case: Case) -> None:
@@ -137,14 +136,14 @@ def check_extremes(function: Callable[..., Any], case: Case) -> None:
     subject = examine(function, case)
     trials: list[tuple[str, list[Any], np.ndarray | None]] = []
     for index in subject.floats:
-        for value in EXTREMES[case.inputs[index].domain]:
+        for value in EXTREMES[case.inputs[index].domain] if subject.names[index] not in case.draws else ():
             value = value * case.extreme if abs(value) >= 1 else value
             arguments = list(subject.arguments)
             arguments[index] = np.full_like(arguments[index], value)
             trials.append((f"{subject.names[index]} = {value:g}", arguments, subject.mask))
     equal = [
-        np.zeros_like(x) if i in subject.floats and w.domain in ("real", "log_prob") else x
-        for i, (x, w) in enumerate(zip(subject.arguments, case.inputs, strict=True))
+        np.zeros_like(x) if i in subject.floats and w.domain in ("real", "log_prob") and n not in case.draws else x
+        for i, (n, x, w) in enumerate(zip(subject.names, subject.arguments, case.inputs, strict=True))
     ]
     trials.append(("all reals equal", equal, subject.mask))
     if subject.mask is not None and "mask" not in case.skip:
@@ -166,20 +165,21 @@ def check_dtypes(function: Callable[..., Any], case: Case) -> None:
     subject = examine(function, case)
     if not subject.floats:
         raise NotApplicable("no argument is a float")
+
+    def require(leaves: Sequence[Any], given: str, wanted: str) -> None:
+        for leaf in leaves:
+            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.dtype(wanted):
+                raise AssertionError(f"{subject.name}: {given} inputs give {leaf.dtype}, want {wanted}")
+
     narrow = subject.cast(jnp.bfloat16)
     wide = [np.asarray(x, np.float32) if i in subject.floats else x for i, x in enumerate(narrow)]
     results = subject.eager(narrow, knobs=subject.weak_knobs)
-    for leaf in results:
-        if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float32:
-            raise AssertionError(f"{subject.name}: bfloat16 inputs give {leaf.dtype}, want float32")
-    subject.same(results, subject.eager(wide, knobs=subject.weak_knobs), "bfloat16 inputs are not computed in float32")
+    require(results, "bfloat16", "float32")
+    subject.same(results, subject.run(wide)[0], "bfloat16 inputs are not computed in float32")
     with jax.enable_x64(True):
-        double = subject.eager(subject.cast(np.float64), knobs=subject.weak_knobs)
-        for leaf in double:
-            if jnp.issubdtype(leaf.dtype, jnp.floating) and leaf.dtype != jnp.float64:
-                raise AssertionError(f"{subject.name}: float64 inputs give {leaf.dtype}")
-        double = [np.asarray(leaf) for leaf in double]
-    subject.same(subject.run()[0], double, "float32 and float64 differ")
+        double = subject.cast(np.float64)
+        leaves = jax.eval_shape(lambda: subject.eager(double, knobs=subject.weak_knobs))
+    require(leaves, "float64", "float64")
 
 
 def check_stopped(function: Callable[..., Any], case: Case) -> None:
@@ -201,11 +201,14 @@ def check_stopped(function: Callable[..., Any], case: Case) -> None:
 def check_devices(function: Callable[..., Any], case: Case) -> None:
     """Four devices with a quarter of the rows each give the values and the parameter gradient of one device.
 
-    Statistics that cross rows need an ``axis_name`` argument; gradients are averaged over devices by the caller.
+    This is about the collectives of functions with an ``axis_name``; without one, devices are micro-batches at the same
+    time (`check_micro_batches`). Gradients are averaged over devices by the caller.
     """
     subject = examine(function, case)
-    if case.size("B") % (DEVICES * case.rows_together) or not subject.rows_are_separable:
-        raise NotApplicable("a result depends on all rows and the function has no axis_name")
+    if not subject.takes_axis_name:
+        raise NotApplicable("the function has no axis_name: devices are micro-batches, see there")
+    if case.size("N") % DEVICES:
+        raise ValueError(f"{case.size('N')} blocks of rows do not spread over {DEVICES} devices")
     if jax.device_count() < DEVICES:
         raise NotApplicable(f"{jax.device_count()} devices; set XLA_FLAGS=--xla_force_host_platform_device_count=4")
     one, one_gradient = subject.shifted(subject.arguments, subject.mask, subject.weights)

@@ -138,11 +138,14 @@ class Subject:
         """Results, one operation at a time."""
         return self.results(arguments, self.mask if mask is None else mask, self.knobs if knobs is None else knobs)
 
-    def map_knob(self, name: str, values: np.ndarray) -> list[Array]:
-        """Results for all values of one knob by vmap."""
-        return jax.jit(jax.vmap(lambda value: self.results(self.arguments, self.mask, {**self.knobs, name: value})))(
-            values
-        )
+    def knob_settings(self) -> list[dict[str, np.float32]]:
+        """Every value of every knob, one at a time."""
+        tried = [(name, value) for name, values in self.case.knob_values().items() for value in values]
+        return [{**self.knobs, name: value} for name, value in tried]
+
+    def map_knobs(self, knobs: dict[str, np.ndarray]) -> list[Array]:
+        """Results for arrays of knobs by vmap."""
+        return jax.jit(jax.vmap(lambda one: self.results(self.arguments, self.mask, one)))(knobs)
 
     def shifted(
         self, arguments: Sequence[Any], mask: Any, weights: Sequence[Any], axis_name: str | None = None
