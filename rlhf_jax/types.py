@@ -71,7 +71,7 @@ class ActorCritic(NamedTuple):
 
     log_probs: Array  # [B, T] of the taken tokens
     values: Array  # [B, T] of the state before each token
-    entropy: Array  # [B, T] of the actor's distribution there
+    entropy: Array | None = None  # [B, T] of the actor's distribution there, if it is needed
 
 
 class Distilled(NamedTuple):
@@ -79,3 +79,4 @@ class Distilled(NamedTuple):
 
     soft_cross_entropy: Array  # [B, T] H(teacher, student) at the state before each token
     log_probs: Array  # [B, T] the student's
+    teacher_entropy: Array  # [B, T] H(teacher); the difference to the cross-entropy is KL(teacher || student)

@@ -32,7 +32,7 @@ from rlhf_jax.training.gradients import loss_and_gradients, split_rows
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import ActorCritic
 
-__all__ = ["Batch", "Config", "State", "experience", "init", "loss", "update", "update_epochs"]
+__all__ = ["Batch", "Config", "State", "experience", "init", "loss", "steer", "update", "update_epochs"]
 
 
 @struct.dataclass
@@ -62,7 +62,7 @@ class Config:
     clip: ArrayLike = 0.2  # the policy ratio stays in [1 - clip, 1 + clip]
     value_clip: ArrayLike = 0.2  # values move at most this far from the old ones per turn
     value_weight: ArrayLike = 0.1
-    entropy_weight: ArrayLike = 0.0
+    entropy_weight: ArrayLike | None = None  # a number needs an apply_fn that returns the entropy
     discount: ArrayLike = 1.0
     gae_lambda: ArrayLike = 0.95
     kl_target: ArrayLike = 6.0  # nats per sequence that the controller steers to
@@ -132,25 +132,38 @@ def experience(
     return Batch(inputs, mask, old_log_probs, old_values, white, returns), metrics
 
 
+def steer(state: State, kl_per_sequence: ArrayLike, *, sequences: ArrayLike, config: Config) -> State:
+    """Moves the KL coefficient towards `config.kl_target`, once per turn, by the KL that `experience` reports.
+
+    `sequences` counts those of all devices. An infinite `config.kl_horizon` keeps the coefficient fixed.
+    """
+    controller = kl.update_adaptive_kl(
+        state.kl, kl_per_sequence, batch_size=sequences, target=config.kl_target, horizon=config.kl_horizon
+    )
+    return state.replace(kl=controller)
+
+
 def loss(
     params: Any, apply_fn: Callable[..., ActorCritic], batch: Batch, *, config: Config
 ) -> dict[str, Totals]:
     """Clipped surrogate of the actor, clipped squared error of the critic, entropy; per-token terms."""
     now = apply_fn(params, batch.inputs)
-    log_probs, values, entropy = masking.zero_outside(batch.mask, *now)
+    log_probs, values = masking.zero_outside(batch.mask, now.log_probs, now.values)
     surrogate = policy.clipped_surrogate(
         log_probs, batch.old_log_probs, batch.advantages, clip_low=config.clip, clip_high=config.clip
     )
     reduce = lambda x: config.reduce(x, batch.mask)
-    return {
+    terms = {
         "policy/loss": reduce(surrogate.loss),
         "value/loss": reduce(
             value.clipped_squared_error(values, batch.old_values, batch.returns, clip=config.value_clip)
         ),
-        "policy/entropy": reduce(entropy),
         "policy/clip_fraction": reduce(surrogate.clipped.astype(jnp.float32)),
         "policy/step_kl": reduce(kl.k3(batch.old_log_probs, log_probs)),
     }
+    if now.entropy is not None:
+        terms["policy/entropy"] = reduce(now.entropy)
+    return terms
 
 
 def update(
@@ -165,13 +178,11 @@ def update(
     """One gradient step of actor and critic. `frozen` holds the parameters that `state` does not train."""
 
     def terms(params: Any, rows: Batch) -> dict[str, Totals]:
-        return loss(merge_params(params, frozen), state.train.apply_fn, rows, config=config)
+        return loss(params if frozen is None else merge_params(params, frozen), state.train.apply_fn, rows, config=config)
 
-    weights = {
-        "policy/loss": 1.0,
-        "value/loss": config.value_weight,
-        "policy/entropy": -jnp.asarray(config.entropy_weight),
-    }
+    weights: dict[str, ArrayLike] = {"policy/loss": 1.0, "value/loss": config.value_weight}
+    if config.entropy_weight is not None:
+        weights["policy/entropy"] = -jnp.asarray(config.entropy_weight)
     grads, metrics = loss_and_gradients(
         terms, state.train.params, batch, weights=weights, axis_name=axis_name, microbatches=microbatches
     )

@@ -55,12 +55,12 @@ def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.Gradi
 def loss(params: Any, apply_fn: Callable[..., Distilled], batch: Batch, *, config: Config) -> dict[str, Totals]:
     """Soft-target cross-entropy with the human term, per token."""
     student = apply_fn(params, batch.inputs)
-    soft, log_probs = masking.zero_outside(batch.mask, *student)
+    soft, log_probs, teacher_entropy = masking.zero_outside(batch.mask, *student)
     return {
         "distillation/loss": config.reduce(
             human_soft_targets(soft, log_probs, batch.human_weights[:, None]), batch.mask
         ),
-        "distillation/soft_cross_entropy": config.reduce(soft, batch.mask),
+        "distillation/forward_kl": config.reduce(soft - teacher_entropy, batch.mask),
     }
 
 
@@ -76,7 +76,7 @@ def update(
     """One gradient step. `frozen` holds the parameters that `state` does not train."""
 
     def terms(params: Any, rows: Batch) -> dict[str, Totals]:
-        return loss(merge_params(params, frozen), state.apply_fn, rows, config=config)
+        return loss(params if frozen is None else merge_params(params, frozen), state.apply_fn, rows, config=config)
 
     grads, metrics = loss_and_gradients(
         terms, state.params, batch, weights={"distillation/loss": 1.0}, axis_name=axis_name, microbatches=microbatches

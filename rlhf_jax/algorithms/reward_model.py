@@ -64,7 +64,7 @@ def update(
     """One gradient step. `frozen` holds the parameters that `state` does not train."""
 
     def terms(params: Any, rows: PreferenceBatch) -> dict[str, Totals]:
-        return loss(merge_params(params, frozen), state.apply_fn, rows, config=config)
+        return loss(params if frozen is None else merge_params(params, frozen), state.apply_fn, rows, config=config)
 
     weights = {"reward/loss": 1.0, "reward/centering": config.centering}
     grads, metrics = loss_and_gradients(

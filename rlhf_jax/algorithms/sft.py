@@ -59,7 +59,7 @@ def update(
     """One gradient step. `frozen` holds the parameters that `state` does not train; see `training.state.split_params`."""
 
     def terms(params: Any, rows: Batch) -> dict[str, Totals]:
-        return loss(merge_params(params, frozen), state.apply_fn, rows, config=config)
+        return loss(params if frozen is None else merge_params(params, frozen), state.apply_fn, rows, config=config)
 
     grads, metrics = loss_and_gradients(
         terms, state.params, batch, weights={"sft/loss": 1.0}, axis_name=axis_name, microbatches=microbatches

@@ -15,11 +15,11 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.logprobs import head_log_probs, head_statistics
+from rlhf_jax.logprobs import head_log_probs, response_states
 from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, output_table
+from rlhf_jax.teacher_chunks import head_distillation
 from rlhf_jax.types import ActorCritic, Distilled, TokenInputs
-from rlhf_jax.vocabulary_chunks import head_soft_cross_entropy
 
 __all__ = ["TeacherInputs", "actor_critic", "response_hidden", "student", "token_policy"]
 
@@ -35,7 +35,8 @@ class TeacherInputs:
 def response_hidden(model: Transformer, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0) -> Array:
     """[B, R, D] final hidden states that predict each response token."""
     start = inputs.trunk if first else inputs.tokens
-    return model.apply({"params": params}, start, inputs.mask, first=first).hidden[:, prompt_length - 1 : -1]
+    hidden = model.apply({"params": params}, start, inputs.mask, first=first).hidden
+    return response_states(hidden, prompt_length=prompt_length)
 
 
 def token_policy(
@@ -53,15 +54,12 @@ def token_policy(
 def actor_critic(
     model: Transformer, critic: ScalarHead, *, prompt_length: int, first: int, temperature: ArrayLike = 1.0
 ) -> Callable[[dict, TokenInputs], ActorCritic]:
-    """`apply_fn({"actor": ..., "critic": ...}, inputs)`: the actor's top layers and a critic on the shared frozen trunk."""
+    """`apply_fn({"actor": ..., "critic": ...}, inputs)`: the actor's upper layers, and a critic on the same trunk."""
+    log_probs = token_policy(model, prompt_length=prompt_length, first=first, temperature=temperature)
 
     def apply(params: dict, inputs: TokenInputs) -> ActorCritic:
-        hidden = response_hidden(model, params["actor"], inputs, prompt_length=prompt_length, first=first)
-        actor = head_statistics(
-            hidden, output_table(params["actor"]), inputs.tokens[:, prompt_length:], temperature=temperature
-        )
-        values = critic.apply({"params": params["critic"]}, inputs.trunk[:, prompt_length - 1 : -1])
-        return ActorCritic(actor.log_probs, values, actor.entropy)
+        values = critic.apply({"params": params["critic"]}, response_states(inputs.trunk, prompt_length=prompt_length))
+        return ActorCritic(log_probs(params["actor"], inputs), values)
 
     return apply
 
@@ -72,11 +70,14 @@ def student(
     """`apply_fn({"student": ..., "teacher_table": [V, D_T]}, inputs)`: a student beside the teacher that generated."""
 
     def apply(params: dict[str, Any], batch: TeacherInputs) -> Distilled:
-        table, tokens = output_table(params["student"]), batch.inputs.tokens[:, prompt_length:]
-        hidden = response_hidden(model, params["student"], batch.inputs, prompt_length=prompt_length, first=first)
-        soft = head_soft_cross_entropy(
-            hidden, table, batch.teacher_hidden, params["teacher_table"], temperature=temperature
+        both = head_distillation(
+            response_hidden(model, params["student"], batch.inputs, prompt_length=prompt_length, first=first),
+            output_table(params["student"]),
+            batch.teacher_hidden,
+            params["teacher_table"],
+            batch.inputs.tokens[:, prompt_length:],
+            temperature=temperature,
         )
-        return Distilled(soft, head_log_probs(hidden, table, tokens, temperature=temperature))
+        return Distilled(both.cross_entropy, both.log_probs, both.teacher_entropy)
 
     return apply
