@@ -254,10 +254,18 @@ def _flat(config: Mapping[str, Any], prefix: str = "") -> Iterable[tuple[str, An
             yield f"{prefix}{name}", value
 
 
+def printable(text: str) -> str:
+    """The text with control characters replaced, so that what a model writes cannot drive a terminal.
+
+    >>> printable("good\\x1b[31m\\nbad")
+    'good�[31m\\nbad'
+    """
+    return "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in text)
+
+
 def _text(value: Any) -> str:
-    """Escaped for HTML; percent signs stay with their numbers, and unprintable characters show as replaced."""
-    shown = "".join(c if c.isprintable() or c == "\n" else "\N{REPLACEMENT CHARACTER}" for c in str(value))
-    return html.escape(re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", shown), quote=True)
+    """Escaped for HTML; percent signs stay with their numbers."""
+    return html.escape(re.sub(r"(?<=\d) %", "\N{NO-BREAK SPACE}%", printable(str(value))), quote=True)
 
 
 def _percent(value: float | None, digits: int = 1) -> str:
