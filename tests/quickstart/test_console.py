@@ -90,10 +90,14 @@ def test_downloads_are_shown_in_megabytes_with_what_is_being_done(clock):
 @pytest.mark.parametrize("make", [plain, live])
 def test_an_interrupted_stage_says_where_it_stopped(clock, make):
     console, file = make(clock)
-    with pytest.raises(KeyboardInterrupt), console, console.stage("AC-HF", 40) as stage:
+
+    def press_ctrl_c(stage):
         clock.now += 3
         stage.update(7)
         raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt), console, console.stage("AC-HF", 40) as stage:
+        press_ctrl_c(stage)
     assert stage.seconds == 3.0
     shown = file.getvalue()
     assert ("AC-HF: stopped at 7/40 after 3.0 s" in shown) if make is plain else ("7/40" in screen(shown)[-2])
