@@ -11,38 +11,21 @@ Hidden states and not logits come back, because [B, T, V] is what runs out of me
 `rlhf_jax.logprobs.head_log_probs`, or call `Transformer.logits` for the few positions that need all of V.
 """
 
-import dataclasses
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from rlhf_jax.models.attention import Attention, visible
+from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.layers import MLP, Norm, soft_cap
+from rlhf_jax.models.moe import MixtureOfExperts
+from rlhf_jax.models.rotary import Rotation, rotation
+
 __all__ = ["Cache", "Output", "Transformer", "TransformerConfig", "init_cache", "output_table", "positions"]
-
-
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class TransformerConfig:
-    """Shape of a Llama-type decoder: RMS norm, rotary positions, grouped-query attention, gated SiLU."""
-
-    vocab_size: int
-    width: int
-    num_layers: int
-    num_heads: int
-    num_kv_heads: int
-    head_dim: int
-    mlp_width: int
-    rope_theta: float = 10_000.0
-    norm_epsilon: float = 1e-5
-    tie_embeddings: bool = True
-    max_length: int = 2048
-
-    def __post_init__(self) -> None:
-        if self.num_heads % self.num_kv_heads:
-            raise ValueError(f"num_kv_heads={self.num_kv_heads} must divide num_heads={self.num_heads}")
-        if self.head_dim % 2:
-            raise ValueError(f"head_dim={self.head_dim} must be even: rotary positions turn pairs")
 
 
 class Cache(NamedTuple):
@@ -68,10 +51,19 @@ class Output(NamedTuple):
 
 
 def init_cache(config: TransformerConfig, batch: int, capacity: int, *, dtype: jnp.dtype = jnp.float32) -> Cache:
-    """An empty cache for `batch` rows of at most `capacity` slots."""
+    """An empty cache for `batch` rows of at most `capacity` slots.
+
+    Raises: ValueError if the model has a table of learned positions and the capacity goes beyond it.
+    """
+    _check_length(config, capacity)
     shape = (batch, capacity, config.num_kv_heads, config.head_dim)
     empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(empty, empty, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+
+def _check_length(config: TransformerConfig, slots: int) -> None:
+    if config.learned_positions and slots > config.max_length:
+        raise ValueError(f"this model has positions for {config.max_length} tokens, got {slots} slots")
 
 
 def positions(mask: Array) -> Array:
@@ -90,85 +82,46 @@ def output_table(params: dict) -> Array:
     return params["head"]["embedding"] if "head" in params else params["embed"]["embedding"]
 
 
-def rotate(x: Array, position: Array, theta: float) -> Array:
-    """Rotary position embedding on pairs (i, i + head_dim/2) (Su et al. 2021, eq. 34; half-split layout).
-
-    x: [B, T, N, head_dim]; position: [B, T]. Computed in float32, returned in x's dtype.
-    """
-    half = x.shape[-1] // 2
-    frequency = theta ** (-jnp.arange(half, dtype=jnp.float32) / half)
-    angle = position[..., None, None].astype(jnp.float32) * frequency.reshape(1, 1, 1, half)
-    cos, sin = jnp.cos(angle), jnp.sin(angle)
-    left, right = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([left * cos - right * sin, right * cos + left * sin], axis=-1).astype(x.dtype)
-
-
-class Attention(nn.Module):
-    """Causal grouped-query attention (Ainslie et al. 2023) with rotary positions."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Array, position: Array, attend: Array, slot: tuple[Array, Array, Array] | None):
-        """x [B, T, D], position [B, T], attend [B, T, S] bool -> output [B, T, D], keys, values [B, S, kv, head_dim].
-
-        slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves.
-        """
-        config = self.config
-        heads = lambda name, count: nn.Dense(count * config.head_dim, use_bias=False, name=name)(x).reshape(
-            *x.shape[:-1], count, config.head_dim
-        )
-        query = rotate(heads("query", config.num_heads), position, config.rope_theta)
-        key = rotate(heads("key", config.num_kv_heads), position, config.rope_theta)
-        value = heads("value", config.num_kv_heads)
-        if slot is not None:
-            keys, values, start = slot
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
-        mixed = jax.nn.dot_product_attention(query, key.astype(x.dtype), value.astype(x.dtype), mask=attend[:, None])
-        flat = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
-        return nn.Dense(config.width, use_bias=False, name="out")(flat), key, value
-
-
-class MLP(nn.Module):
-    """Gated linear unit (Shazeer 2020): down(silu(gate(x)) · up(x))."""
-
-    config: TransformerConfig
-
-    @nn.compact
-    def __call__(self, x: Array) -> Array:
-        dense = lambda name, width: nn.Dense(width, use_bias=False, name=name)
-        width = self.config.mlp_width
-        return dense("down", self.config.width)(nn.silu(dense("gate", width)(x)) * dense("up", width)(x))
-
-
 class Block(nn.Module):
-    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x))."""
+    """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); both may be normalised once more."""
 
     config: TransformerConfig
+    sparse: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, position: Array, attend: Array, slot: tuple[Array, Array, Array] | None):
-        norm = lambda name: nn.RMSNorm(epsilon=self.config.norm_epsilon, name=name)
-        mixed, keys, values = Attention(self.config, name="attention")(
-            norm("attention_norm")(x), position, attend, slot
-        )
-        x = x + mixed
-        return x + MLP(self.config, name="mlp")(norm("mlp_norm")(x)), keys, values
+    def __call__(self, x: Array, turn: Rotation | None, allowed: Array, slot: tuple[Array, Array, Array] | None):
+        config = self.config
+        norm = lambda name: Norm(config.norm, config.norm_epsilon, config.norm_offset, name=name)
+        after = lambda name, y: norm(name)(y) if config.post_norms else y
+        mixed, keys, values = Attention(config, name="attention")(norm("attention_norm")(x), turn, allowed, slot)
+        x = x + after("attention_post_norm", mixed)
+        mlp = MixtureOfExperts(config, name="mlp") if self.sparse else MLP(config, name="mlp")
+        return x + after("mlp_post_norm", mlp(norm("mlp_norm")(x))), keys, values
 
 
 class Transformer(nn.Module):
-    """Decoder-only language model (Llama type)."""
+    """Decoder-only language model.
+
+    Attributes:
+      config: its shape.
+      remat: recomputes each block in the backward pass instead of keeping what its forward pass computed. A policy of
+        `jax.checkpoint_policies` says what is kept all the same; None keeps everything. The numbers are the same.
+    """
 
     config: TransformerConfig
+    remat: Callable[..., Any] | None = None
 
     def setup(self) -> None:
         config = self.config
-        self.embed = nn.Embed(config.vocab_size, config.width, embedding_init=nn.initializers.normal(0.02))
-        self.layer = [Block(config) for _ in range(config.num_layers)]
-        self.final_norm = nn.RMSNorm(epsilon=config.norm_epsilon)
+        table = lambda rows: nn.Embed(rows, config.width, embedding_init=nn.initializers.normal(0.02))
+        block = Block if self.remat is None else nn.remat(Block, policy=self.remat)
+        self.embed = table(config.vocab_size)
+        if config.learned_positions:
+            self.position_embed = table(config.max_length)
+        self.layer = [block(config, config.is_sparse(index)) for index in range(config.num_layers)]
+        self.final_norm = Norm(config.norm, config.norm_epsilon, config.norm_offset)
         if not config.tie_embeddings:
-            self.head = nn.Embed(config.vocab_size, config.width, embedding_init=nn.initializers.normal(0.02))
+            self.head = table(config.vocab_size)
 
     def __call__(
         self,
@@ -191,29 +144,33 @@ class Transformer(nn.Module):
           tap: layer whose incoming activations are returned too, first <= tap <= num_layers.
         Returns:
           `Output`; hidden states of padding are finite and meaningless.
+        Raises:
+          ValueError: more slots than the model has learned positions for.
         """
-        stop = self.config.num_layers if last is None else last
-        # Padding is embedded as token 0: its id may lie outside the vocabulary.
-        x = inputs if first else self.embed(jnp.where(mask, inputs, 0))
-        tokens = mask.shape[-1]
+        config, tokens = self.config, mask.shape[-1]
+        stop = config.num_layers if last is None else last
         if cache is None:
-            position = positions(mask)
+            seen, seen_position = mask, positions(mask)
+            position = seen_position
             reach = jnp.tril(jnp.ones((tokens, tokens), bool))[None]
-            seen = mask
         else:
             seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.length, axis=1)
-            position = jax.lax.dynamic_slice_in_dim(positions(seen), cache.length, tokens, axis=1)
+            seen_position = positions(seen)
+            position = jax.lax.dynamic_slice_in_dim(seen_position, cache.length, tokens, axis=1)
             new = cache.length + jnp.arange(tokens)
             reach = (jnp.arange(cache.capacity)[None] <= new[:, None])[None]
-        attend = reach & seen[:, None]
-        # A padded query sees no key; letting it see all of them keeps its softmax, and its gradient, finite.
-        attend = attend | ~jnp.any(attend, axis=-1, keepdims=True)
+        windows = {config.window(index) for index in range(first, stop)}
+        allowed = {window: visible(reach, seen, position, seen_position, window) for window in windows}
+        turns = {window: self._rotation(position, window) for window in windows}
+
+        x = inputs if first else self._embed(inputs, mask, position)
         tapped, keys, values = None, [], []
         for index in range(first, stop):
             if index == tap:
                 tapped = x
             slot = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
-            x, key, value = self.layer[index](x, position, attend, slot)
+            window = config.window(index)
+            x, key, value = self.layer[index](x, turns[window], allowed[window], slot)
             keys.append(key)
             values.append(value)
         if tap == stop:
@@ -229,10 +186,30 @@ class Transformer(nn.Module):
             )
         return Output(x, tapped, cache)
 
+    def _embed(self, tokens: Array, mask: Array, position: Array) -> Array:
+        """[B, T, D] activations entering layer 0."""
+        config = self.config
+        # Padding is embedded as token 0: its id may lie outside the vocabulary.
+        x = self.embed(jnp.where(mask, tokens, 0))
+        if config.embedding_scale != 1.0:
+            x = x * jnp.asarray(config.embedding_scale, x.dtype)
+        if config.learned_positions:
+            _check_length(config, mask.shape[-1])
+            x = x + self.position_embed(position)
+        return x
+
+    def _rotation(self, position: Array, window: int | None) -> Rotation | None:
+        config = self.config
+        if config.learned_positions:
+            return None
+        if window is not None and config.local_rope_theta is not None:
+            return rotation(position, config.rotary_dim, config.local_rope_theta)
+        return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling)
+
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in float32 of hidden states [..., D] after the final norm."""
         table = self.embed if self.config.tie_embeddings else self.head
-        return table.attend(hidden).astype(jnp.float32)
+        return soft_cap(table.attend(hidden).astype(jnp.float32), self.config.logit_soft_cap)
 
     def initialise(self, tokens: Array, mask: Array) -> Array:
         """Touches every parameter, for `init`; returns logits."""

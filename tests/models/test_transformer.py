@@ -7,14 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from rlhf_jax.models.transformer import (
-    Transformer,
-    TransformerConfig,
-    init_cache,
-    output_table,
-    positions,
-    rotate,
-)
+from rlhf_jax.models.rotary import rotate, rotation
+from rlhf_jax.models.transformer import Transformer, TransformerConfig, init_cache, output_table, positions
 from rlhf_jax.training.sharding import make_mesh, shard, shard_batch
 
 SIZES = {
@@ -242,15 +236,15 @@ def test_rotation_is_by_its_definition_and_only_distances_count():
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, 5, 3, 8)).astype(np.float32)
     place = rng.integers(0, 2000, (2, 5))
-    out = np.asarray(rotate(jnp.asarray(x), jnp.asarray(place), 10_000.0))
+    out = np.asarray(rotate(jnp.asarray(x), rotation(jnp.asarray(place), 8, 10_000.0)))
     for index in np.ndindex(2, 5, 3):
         expected = turned(x[index].astype(np.float64), place[index[:2]], 10_000.0)
         np.testing.assert_allclose(out[index], expected, atol=1e-3)  # float32 angles of up to 2000 radians
-    np.testing.assert_array_equal(rotate(jnp.asarray(x), jnp.zeros((2, 5), jnp.int32), 10_000.0), x)
-    score = lambda shift: jnp.einsum(
-        "btnd,bsnd->bnts", rotate(x, jnp.arange(5)[None] + shift, 100.0), rotate(x, jnp.arange(5)[None] + shift, 100.0)
-    )
-    np.testing.assert_allclose(score(0), score(9), rtol=1e-4, atol=1e-4)
+    still = rotation(jnp.zeros((2, 5), jnp.int32), 8, 10_000.0)
+    np.testing.assert_array_equal(rotate(jnp.asarray(x), still), x)
+    near, far = (rotate(x, rotation(jnp.arange(5)[None] + shift, 8, 100.0)) for shift in (0, 9))
+    score = lambda turned: jnp.einsum("btnd,bsnd->bnts", turned, turned)
+    np.testing.assert_allclose(score(near), score(far), rtol=1e-4, atol=1e-4)
 
 
 def test_positions_count_real_tokens():

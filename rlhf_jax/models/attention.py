@@ -1,0 +1,97 @@
+"""Grouped-query attention over visible slots, and who sees whom."""
+
+from typing import TYPE_CHECKING
+
+import jax
+import jax.numpy as jnp
+from flax import linen as nn
+from jax import Array
+
+from rlhf_jax.models.layers import Norm, soft_cap
+from rlhf_jax.models.rotary import Rotation, rotate
+
+if TYPE_CHECKING:
+    from rlhf_jax.models.config import TransformerConfig
+
+__all__ = ["Attention", "attend", "visible"]
+
+
+def visible(reach: Array, seen: Array, position: Array, seen_position: Array, window: int | None) -> Array:
+    """Which slots each query sees: real ones, not after itself, and within the window.
+
+    Args:
+      reach: [1, T, S] bool, slots that are not after the query.
+      seen: [B, S] bool, slots that hold a real token.
+      position: [B, T] int positions of the queries.
+      seen_position: [B, S] int positions of the slots.
+      window: how many tokens are seen, the query's own included; None for all. Padding does not count.
+    Returns:
+      [B, T, S] bool. A query that would see nothing (padding) sees everything, so that its softmax and its gradient
+      stay finite.
+
+    >>> reach, row = jnp.tril(jnp.ones((1, 3, 3), bool)), jnp.arange(3)[None]
+    >>> visible(reach, jnp.ones((1, 3), bool), row, row, 2).astype(int)[0].tolist()
+    [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
+    """
+    allowed = reach & seen[:, None]
+    if window is not None:
+        allowed = allowed & (position[:, :, None] - seen_position[:, None] < window)
+    return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)
+
+
+def attend(query: Array, key: Array, value: Array, allowed: Array, *, scale: float, cap: float | None = None) -> Array:
+    """softmax(cap · tanh(scale · query · key / cap)) · value over the allowed slots; groups of heads share a key.
+
+    Args:
+      query: [B, T, N, H].
+      key: [B, S, K, H] where K divides N; heads n · N/K .. share key head n.
+      value: [B, S, K, H].
+      allowed: [B, T, S] bool.
+      scale: multiplies the scores.
+      cap: soft cap of the scores; None for none.
+    Returns:
+      [B, T, N, H] in the query's dtype; the softmax is taken in float32.
+    Reference: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+    """
+    if cap is None:
+        return jax.nn.dot_product_attention(query, key, value, mask=allowed[:, None], scale=scale)
+    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
+    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
+    scores = soft_cap(scores * scale, cap)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(scores.dtype).min)
+    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
+    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+
+
+class Attention(nn.Module):
+    """Projections to heads, rotation, attention, and back to the width."""
+
+    config: "TransformerConfig"
+
+    @nn.compact
+    def __call__(self, x: Array, turn: Rotation | None, allowed: Array, slot: tuple[Array, Array, Array] | None):
+        """x [B, T, D], allowed [B, T, S] bool -> output [B, T, D], keys, values [B, S, kv_heads, head_dim].
+
+        slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves.
+        """
+        config = self.config
+        project = lambda name, count: nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, name=name)(x).reshape(
+            *x.shape[:-1], count, config.head_dim
+        )
+        query, key = project("query", config.num_heads), project("key", config.num_kv_heads)
+        value = project("value", config.num_kv_heads)
+        if config.query_key_norm:
+            query = Norm(epsilon=config.norm_epsilon, offset=config.norm_offset, name="query_norm")(query)
+            key = Norm(epsilon=config.norm_epsilon, offset=config.norm_offset, name="key_norm")(key)
+        if turn is not None:
+            query, key = rotate(query, turn), rotate(key, turn)
+        if slot is not None:
+            keys, values, start = slot
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)
+            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        mixed = attend(
+            query, key.astype(x.dtype), value.astype(x.dtype), allowed, scale=scale, cap=config.attention_soft_cap
+        )
+        flat = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
+        return nn.Dense(config.width, use_bias=config.out_bias, name="out")(flat), key, value
