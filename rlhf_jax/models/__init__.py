@@ -1,1 +1,1 @@
-"""models."""
+"""Networks: one configurable decoder, heads, policies; read from the formats that people have."""

@@ -1,1 +1,1 @@
-"""quickstart."""
+"""The command `rlhf-jax quickstart`: its settings, stages, progress and report."""
