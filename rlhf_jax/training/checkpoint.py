@@ -125,6 +125,8 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             self.close()
             self._remove_unfinished()
+            if isinstance(error, ValueError) and "os_error_code" not in str(error):
+                raise
             raise UserError(
                 f"Checkpoint {step} could not be written to {self.directory}: {_reason(error)}. Free space there or "
                 "choose another folder; the checkpoints saved before are intact."
@@ -227,9 +229,10 @@ def _is_stored(entry: Mapping[str, Any]) -> bool:
 
 
 def _to_stored(leaf: Any) -> Any:
-    if _is_key(leaf):
-        return jax.random.key_data(leaf)
-    return np.asarray(leaf) if isinstance(leaf, np.generic) else leaf
+    leaf = jax.random.key_data(leaf) if _is_key(leaf) else leaf
+    # With several processes, an array that each process has for itself is the same on all: the first one writes it.
+    own = isinstance(leaf, jax.Array) and jax.process_count() > 1 and leaf.is_fully_addressable
+    return np.asarray(leaf) if own or isinstance(leaf, np.generic) else leaf
 
 
 def _text(entry: Mapping[str, Any]) -> str:

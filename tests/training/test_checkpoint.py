@@ -263,6 +263,13 @@ def test_a_checkpoint_that_cannot_be_written_leaves_nothing(tmp_path, monkeypatc
         with pytest.raises(UserError, match=r"Checkpoint 2 could not be written to .*: no space left on the device"):
             checkpoints.save(2, {"w": jnp.ones(3)})
         assert [p.name for p in tmp_path.iterdir()] == ["1"]
+
+        def fail_otherwise(*args, **kwargs):
+            raise ValueError("something else")
+
+        monkeypatch.setattr(checkpoints._manager(), "save", fail_otherwise)
+        with pytest.raises(ValueError, match="something else"):
+            checkpoints.save(2, {"w": jnp.ones(3)})
         assert checkpoints.restore({"w": jnp.zeros(3)}).state["w"].tolist() == [1, 1, 1]
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"could not be written to .*file"):
