@@ -2,9 +2,13 @@
 
 import io
 import re
+import runpy
+import sys
 
 import pytest
 
+from rlhf_jax.errors import UserError
+from rlhf_jax.quickstart import console
 from rlhf_jax.quickstart.console import Console
 from rlhf_jax.quickstart.report import Result, Sample
 
@@ -215,3 +219,9 @@ def test_no_total_is_no_division_by_zero(clock):
     with console, console.stage("Nothing", 0) as stage:
         stage.update(0)
     assert lines(file) == ["Nothing: 0 steps", "Nothing: done in 0.0 s"]
+
+
+def test_a_missing_rich_is_said(monkeypatch):
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(UserError, match=r"`rich` is needed to show progress: pip install 'rlhf_jax\[quickstart\]'"):
+        runpy.run_path(console.__file__)

@@ -234,6 +234,14 @@ def test_a_tree_that_does_not_fit_is_refused_with_the_paths(tmp_path):
         assert words in message
 
 
+def test_another_format_is_refused(tmp_path, monkeypatch):
+    with Checkpoints(tmp_path) as checkpoints:
+        checkpoints.save(1, {"w": jnp.zeros(1)})
+        monkeypatch.setattr("rlhf_jax.training.checkpoint.FORMAT", 2)
+        with pytest.raises(UserError, match=r"has format 1, and this version of rlhf_jax reads format 2"):
+            checkpoints.restore({"w": jnp.zeros(1)})
+
+
 def test_long_lists_of_differences_are_cut(tmp_path):
     with Checkpoints(tmp_path) as checkpoints:
         checkpoints.save(1, {"w": jnp.zeros(1)})
