@@ -186,7 +186,8 @@ class Step(NamedTuple):
 def init_softmax(head: Head) -> Softmax:
     """Statistics before the first chunk."""
     rows = head.hidden.shape[0]
-    return Softmax(jnp.full(rows, jnp.finfo(head.dtype).min, head.dtype), jnp.zeros(rows, head.dtype))
+    lowest = jnp.finfo(head.dtype).min / 2  # half, so that subtracting any logit from it stays finite
+    return Softmax(jnp.full(rows, lowest, head.dtype), jnp.zeros(rows, head.dtype))
 
 
 def update_softmax(softmax: Softmax, part: Block) -> tuple[Softmax, Step]:

@@ -117,7 +117,7 @@ def response_states(states: Array, *, prompt_length: int) -> Array:
     [1.0, 2.0]
     """
     length = states.shape[-2]
-    if not isinstance(prompt_length, int) or not 1 <= prompt_length <= length:
+    if type(prompt_length) is not int or not 1 <= prompt_length <= length:
         raise ValueError(f"prompt_length must be an int between 1 and {length}, got {prompt_length!r}")
     return states[..., prompt_length - 1 : length - 1, :]
 

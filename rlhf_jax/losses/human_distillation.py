@@ -158,7 +158,8 @@ def human_reverse_kl_rewards(
 
 def _check_weights(weights: Array, log_probs: Array) -> Array:
     (weights,) = jax.lax.stop_gradient(floating(weights=weights))
-    if weights.ndim != log_probs.ndim or jnp.broadcast_shapes(weights.shape, log_probs.shape) != log_probs.shape:
+    fits = [size in (1, wanted) for size, wanted in zip(weights.shape, log_probs.shape, strict=False)]
+    if weights.ndim != log_probs.ndim or not all(fits):
         raise ValueError(
             f"weights must be [..., T] or [..., 1] for log_probs {log_probs.shape}, got {weights.shape}; "
             "write `weights[..., None]` for one per sequence"
