@@ -8,6 +8,9 @@ with human reward r and baseline b = 1: dense soft targets, and an unbiased huma
 control variate. In expectation it is the reward-weighted likelihood, whose optimum is π_T exp(r / β) / Z. With all
 rewards equal w = 1, and it is plain distillation, whose optimum is π_T.
 
+Few samples carry most of w. Rows drawn with probability ∝ (1 + w) / 2 instead, from the teacher and its human-reweighted
+target in equal parts, with importance 2 / (1 + w), have the same expectation and bounded coefficients: see `proposal`.
+
 `apply_fn(params, inputs) -> Distilled` compares the student with the teacher; `rlhf_jax.models.policies` makes one for
 language models in which teacher and student are hidden states and output tables.
 """
@@ -16,6 +19,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
@@ -28,7 +32,7 @@ from rlhf_jax.training.gradients import loss_and_gradients
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import Distilled
 
-__all__ = ["Batch", "Config", "init", "loss", "update"]
+__all__ = ["Batch", "Config", "init", "loss", "proposal", "update"]
 
 
 @struct.dataclass
@@ -38,6 +42,7 @@ class Batch:
     inputs: Any  # what apply_fn takes; every leaf has the leading axis B
     mask: Array  # [B, T] bool, generated tokens
     human_weights: Array  # [B] w(y), see `losses.human_distillation.human_weights`; ones for plain distillation
+    importance: Array | None = None  # [B] π_T(y) / q(y) of rows drawn from q; None for the teacher's own samples
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -47,19 +52,37 @@ class Config:
     reduce: Callable[[Array, Array], Totals] = masking.token_totals
 
 
+def proposal(human_weights: Array) -> tuple[Array, Array]:
+    """Which of the teacher's samples to learn from: q ∝ (1 + w) / 2, half teacher and half reweighted teacher.
+
+    Args:
+      human_weights: [N] w(y) of all samples, of mean 1.
+    Returns:
+      ([N] probabilities to draw rows with, [N] importance 2 / (1 + w) of a row). The human term's coefficient becomes
+      2 (w - 1) / (1 + w), which lies in [-2, 2). Weights of 1 give uniform rows and importance 1.
+
+    >>> probabilities, importance = proposal(jnp.array([0.0, 2.0]))
+    >>> probabilities.tolist(), importance.round(3).tolist()
+    ([0.25, 0.75], [2.0, 0.667])
+    """
+    mixed = 1.0 + human_weights
+    return mixed / jnp.sum(mixed), 2.0 / mixed
+
+
 def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: the student's trained parameters and their optimiser."""
     return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
 
 
 def loss(params: Any, apply_fn: Callable[..., Distilled], batch: Batch, *, config: Config) -> dict[str, Totals]:
-    """Soft-target cross-entropy with the human term, per token."""
+    """Soft-target cross-entropy with the human term, per token, for rows drawn from q = π_T or another proposal."""
     student = apply_fn(params, batch.inputs)
     soft, log_probs, teacher_entropy = masking.zero_outside(batch.mask, *student)
+    objective = human_soft_targets(soft, log_probs, batch.human_weights[:, None])
+    if batch.importance is not None:
+        objective = batch.importance[:, None] * objective
     return {
-        "distillation/loss": config.reduce(
-            human_soft_targets(soft, log_probs, batch.human_weights[:, None]), batch.mask
-        ),
+        "distillation/loss": config.reduce(objective, batch.mask),
         "distillation/forward_kl": config.reduce(soft - teacher_entropy, batch.mask),
     }
 

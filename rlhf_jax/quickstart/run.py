@@ -41,7 +41,7 @@ class Folder:
         self.path, self.console = path, console
         self.stop: StopRequest | None = None
         self.seconds: dict[str, float] = {}
-        config = {"tiny": tiny, "settings": dataclasses.asdict(settings)}
+        config = json.loads(json.dumps({"tiny": tiny, "settings": dataclasses.asdict(settings)}))
         written = path / "config.json"
         if resume:
             if not written.is_file():
@@ -135,19 +135,19 @@ def quickstart(out: Path, settings: Settings, *, tiny: bool, resume: bool, conso
         mesh = make_mesh(devices=jax.devices()[: settings.devices])
         context = stages.Run(settings, material, mesh, folder.loop)
         base = stages.base_model(context)
-        models, scores = stages.reward_models(context, base)
+        models, held_out = stages.reward_models(context, base)
         with folder.timed("samples of the base model") as bar:
             samples = stages.teacher_samples(context, base, models)
             bar.update(1)
-        actor = stages.ac_hf(context, base, models, samples)
-        plain, human = stages.policy_distillation_students(context, base, samples)
+        actor, critic = stages.ac_hf(context, base, models, samples)
+        plain, human = stages.policy_distillation_students(context, base, critic, samples)
         policies = {"base": base, "ac_hf": actor, "pd": plain, "pd_human": human}
         judged: dict[str, stages.Judged] = {}
         with folder.timed("judging", len(policies)) as bar:
             for number, (name, policy) in enumerate(policies.items()):
                 judged[name] = stages.judged(context, policy, base, models, context.key(6, number))
                 bar.update(number + 1)
-    results = summarise(context, judged, scores["held_out"])
+    results = summarise(context, judged, held_out)
     results["seconds"] = {
         "stages": dict(folder.seconds),
         "after_downloads": time.perf_counter() - began_work,

@@ -43,7 +43,7 @@ class Settings:
     critic_rate: float = 1e-3
     kl_coefficient: float
     kl_target: float = 6.0  # nats per continuation
-    kl_horizon: float = 500.0  # continuations over which the coefficient is steered there
+    kl_horizon: float = 10_000.0  # continuations over which the coefficient is steered there
 
     # 4. PD.
     student_layers: tuple[int, ...]  # the base model's layers that the student is made of
@@ -58,21 +58,28 @@ class Settings:
     # 5. Judging.
     eval_prompts: int = 256
 
+    def __post_init__(self) -> None:
+        if self.student_layers[: self.student_from] != tuple(range(self.student_from)):
+            raise ValueError(
+                f"the student's frozen layers must be the base model's first {self.student_from}, because their "
+                f"activations are shared; got {self.student_layers}"
+            )
+
 
 def full(seed: int = 0, devices: int = 2) -> Settings:
     """SmolLM2-135M on tweets and product reviews, in a few minutes on two cores."""
     return Settings(
         seed=seed,
         devices=devices,
-        train_texts=2000,
-        judge_texts=1500,
+        train_texts=1600,
+        judge_texts=1200,
         text_length=32,
         prompt_length=8,
         response_length=16,
         trunk=20,
         judge_layer=15,
         base_from=20,
-        base_steps=16,
+        base_steps=10,
         base_batch=32,
         base_rate=5e-5,
         comparisons=16_384,
@@ -80,15 +87,15 @@ def full(seed: int = 0, devices: int = 2) -> Settings:
         batch=64,
         minibatches=4,
         actor_rate=2e-4,
-        kl_coefficient=0.1,
-        student_layers=(*range(18), 28, 29),
-        student_from=14,
-        teacher_samples=1024,
-        start_steps=24,
-        student_steps=20,
-        student_batch=32,
-        student_rate=3e-4,
-        human_beta=1.0,
+        kl_coefficient=0.15,
+        student_layers=(*range(12), *range(22, 30)),  # of all runs of ten layers, these ten are missed least
+        student_from=12,
+        teacher_samples=1280,
+        start_steps=16,
+        student_steps=48,
+        student_batch=16,
+        student_rate=4e-4,
+        human_beta=0.3,
     )
 
 

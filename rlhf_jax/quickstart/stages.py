@@ -7,7 +7,7 @@ from the seed, the stage and the index, so a resumed run sees what an uninterrup
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -17,11 +17,12 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from rlhf_jax import masking
+from rlhf_jax import kl, masking
 from rlhf_jax.algorithms import actor_critic, policy_distillation, reward_model, sft
 from rlhf_jax.feedback.comparisons import Comparisons, single_rater_comparisons
 from rlhf_jax.feedback.ratings import RatedText
 from rlhf_jax.generation.sampler import generate
+from rlhf_jax.logprobs import head_log_probs, response_states
 from rlhf_jax.losses.human_distillation import human_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
@@ -70,10 +71,16 @@ class RewardModels(NamedTuple):
 class Samples(NamedTuple):
     """Continuations of training prefixes by the base model, on the host."""
 
-    inputs: TokenInputs  # [N, P + R] without trunk
+    inputs: TokenInputs  # [N, P + R], the trunk below the student's first trained layer
     response_mask: np.ndarray  # [N, R]
     teacher_hidden: np.ndarray  # [N, R, D] final hidden states that predict the response
+    prefix_state: np.ndarray  # [N, D] trunk activations at the end of the prefix, the critic's view of it
     scores: np.ndarray  # [N] of the reward model
+
+    @property
+    def standard_scores(self) -> np.ndarray:
+        """[N] scores in standard deviations from their mean, the unit of human reward in what follows."""
+        return (self.scores - self.scores.mean()) / self.scores.std()
 
 
 class Judged(NamedTuple):
@@ -181,26 +188,29 @@ def score(head: dict, activations: Array, mask: Array) -> Array:
 
 
 def _score_features(head: dict, features: Array) -> Array:
-    standard = (features - head["mean"]) / head["deviation"]
+    standard = (features - head["mean"][None]) / head["deviation"][None]
     return HEAD.apply({"params": head["head"]}, standard)
 
 
-def _features(run: Run, trunk: dict, texts: Tokens, layer: int, on_rows: Callable[[int], None]) -> np.ndarray:
-    """[N, D] mean activations entering a layer. Rows go through in two lengths, so short ones cost less."""
-    model = run.model
-    encode = jax.jit(
-        lambda params, tokens, mask: _pooled(model.apply({"params": params}, tokens, mask, last=layer).hidden, mask)
-    )
+def _features(run: Run, trunk: dict, items: Sequence[RatedText], layers: tuple[int, int]) -> np.ndarray:
+    """[2, N, D] mean activations entering two layers. Rows go through in two lengths, so short ones cost less."""
+    model, (lower, upper) = run.model, layers
+    texts = pack(run.material.tokenizer, [item.text for item in items], run.settings.text_length)
+
+    @jax.jit
+    def encode(params: dict, tokens: Array, mask: Array) -> Array:
+        out = model.apply({"params": params}, tokens, mask, last=upper, tap=lower)
+        return jnp.stack([_pooled(out.tap, mask), _pooled(out.hidden, mask)])
+
     lengths, width = texts.mask.sum(axis=-1), texts.mask.shape[-1]
-    features = np.zeros((len(lengths), model.config.width), np.float32)
+    features = np.zeros((2, len(lengths), model.config.width), np.float32)
     for shortest, longest in ((0, (2 * width) // 3), ((2 * width) // 3, width)):
         chosen = np.flatnonzero((lengths > shortest) & (lengths <= longest))
         for start in range(0, len(chosen), ENCODE_ROWS):
             rows = chosen[start : start + ENCODE_ROWS]
             padded = np.resize(rows, ENCODE_ROWS)
             batch = run.split_rows((texts.tokens[padded, :longest], texts.mask[padded, :longest]))
-            features[rows] = np.asarray(encode(trunk, *batch))[: len(rows)]
-            on_rows(len(rows))
+            features[:, rows] = np.asarray(encode(trunk, *batch))[:, : len(rows)]
     return features
 
 
@@ -223,37 +233,38 @@ def _fit(settings: Settings, key: Array, features: np.ndarray, comparisons: Comp
     return {"head": head, "mean": jnp.asarray(mean), "deviation": jnp.asarray(deviation)}
 
 
-def reward_models(run: Run, base: Policy) -> tuple[RewardModels, dict[str, np.ndarray]]:
+def reward_models(run: Run, base: Policy) -> tuple[RewardModels, np.ndarray]:
     """Trains the reward model on the training half and the judge on the other half, from single raters' comparisons.
 
     Returns both, and how the reward model scores the judge's texts, which it has never seen.
     """
     settings, material = run.settings, run.material
     width = run.model.config.width
-    untrained = HEAD.init(run.key(2), jnp.zeros((1, width)))["params"]
-    blank = {"head": untrained, "mean": jnp.zeros(width), "deviation": jnp.zeros(width)}
+    blank = {
+        "head": HEAD.init(run.key(2), jnp.zeros((1, width)))["params"],
+        "mean": jnp.zeros(width),
+        "deviation": jnp.zeros(width),
+    }
     state = run.copy_everywhere({"models": RewardModels(blank, blank), "held_out": jnp.zeros(settings.judge_texts)})
+    layers = (settings.judge_layer, settings.trunk)
 
-    def features(items: list[RatedText], layer: int) -> np.ndarray:
-        texts = pack(material.tokenizer, [item.text for item in items], settings.text_length)
-        return _features(run, base.frozen, texts, layer, lambda rows: None)
-
-    def train(items: list[RatedText], layer: int, index: int) -> dict:
+    def fit(index: int, items: Sequence[RatedText], features: np.ndarray) -> dict:
         comparisons = single_rater_comparisons(run.rng(2, index), items, settings.comparisons)
-        return _fit(settings, run.key(2, index), features(items, layer), comparisons)
+        return _fit(settings, run.key(2, index), features, comparisons)
 
     def step(state: dict, index: int) -> tuple[dict, dict[str, Array]]:
         models, held_out = state["models"], state["held_out"]
+        items = (material.train, material.judge)[index]
+        for_judge, for_reward = _features(run, base.frozen, items, layers)
         if index == 0:
-            models = models._replace(reward=train(list(material.train), settings.trunk, 0))
-        elif index == 1:
-            models = models._replace(judge=train(list(material.judge), settings.judge_layer, 1))
+            models = models._replace(reward=fit(0, items, for_reward))
         else:
-            held_out = jax.jit(_score_features)(models.reward, features(list(material.judge), settings.trunk))
+            models = models._replace(judge=fit(1, items, for_judge))
+            held_out = jax.jit(_score_features)(models.reward, for_reward)
         return run.copy_everywhere({"models": models, "held_out": held_out}), {}
 
-    state = run.loop("reward model and judge", step, state, 3)
-    return state["models"], {"held_out": np.asarray(state["held_out"])}
+    state = run.loop("reward model and judge", step, state, 2)
+    return state["models"], np.asarray(state["held_out"])
 
 
 # --- continuations ----------------------------------------------------------------------------------------------------
@@ -296,36 +307,40 @@ def teacher_samples(run: Run, base: Policy, models: RewardModels) -> Samples:
     settings = run.settings
     pool = prompts(run.material, run.material.train, settings.prompt_length)
     rows = np.resize(run.rng(4).permutation(len(pool.tokens)), settings.teacher_samples)
-    batches = continuations(
-        run, base, Tokens(pool.tokens[rows], pool.mask[rows]), run.key(4), tap=settings.trunk
-    )
+    first = settings.student_from
+    beginnings = Tokens(pool.tokens[rows], pool.mask[rows])
+    batches = continuations(run, base, beginnings, run.key(4), tap=first or None)
 
     @jax.jit
-    def look(trained: dict, frozen: dict, reward: dict, rollout: Rollout) -> tuple[Array, Array]:
-        params = merge_params(trained, frozen)
-        hidden = policies.response_hidden(
-            base.model, params, rollout.inputs, prompt_length=settings.prompt_length, first=settings.trunk
-        )
-        return hidden, score(reward, rollout.trunk, rollout.mask)
+    def look(trained: dict, frozen: dict, reward: dict, rollout: Rollout) -> tuple[Array, Array, Array]:
+        params, start = merge_params(trained, frozen), rollout.trunk if first else rollout.tokens
+        out = base.model.apply({"params": params}, start, rollout.mask, first=first, tap=settings.trunk)
+        states = response_states(out.hidden, prompt_length=settings.prompt_length)
+        return states, out.tap[:, settings.prompt_length - 1], score(reward, out.tap, rollout.mask)
 
     looked = [jax.device_get(look(base.trained, base.frozen, models.reward, rollout)) for rollout in batches]
     gather = lambda parts: np.concatenate([np.asarray(part) for part in parts])[: settings.teacher_samples]
     return Samples(
-        TokenInputs(gather(b.tokens for b in batches), gather(b.mask for b in batches)),
+        TokenInputs(
+            gather(b.tokens for b in batches),
+            gather(b.mask for b in batches),
+            gather(b.trunk for b in batches) if first else None,
+        ),
         gather(b.response_mask for b in batches),
-        gather(hidden for hidden, _ in looked),
-        gather(scores for _, scores in looked),
+        *(gather(column) for column in zip(*looked, strict=True)),
     )
 
 
 # --- 3. AC-HF ---------------------------------------------------------------------------------------------------------
 
 
-def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Policy:
+def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tuple[Policy, dict]:
     """Actor-critic with human feedback: the actor continues prefixes, the human reward model scores, both learn.
 
     A turn is one program: generate, score, evaluate reference and critic, advantages, all gradient steps. Trunk
     activations are computed once, by generation. Scores are in standard deviations of the base model's own scores.
+
+    Returns the actor and the critic's parameters.
     """
     settings = run.settings
     pool = prompts(run.material, run.material.train, settings.prompt_length)
@@ -375,16 +390,18 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Pol
         return program(state, base.trained, base.frozen, models.reward, *data, run.key(3, index, 1))
 
     state = run.loop("AC-HF", step, state, settings.turns)
-    return base._replace(trained=state.train.params["actor"])
+    return base._replace(trained=state.train.params["actor"]), state.train.params["critic"]
 
 
 # --- 4. PD ------------------------------------------------------------------------------------------------------------
 
 
-def policy_distillation_students(run: Run, base: Policy, samples: Samples) -> tuple[Policy, Policy]:
+def policy_distillation_students(run: Run, base: Policy, critic: dict, samples: Samples) -> tuple[Policy, Policy]:
     """Two students of the base model, without and with human feedback, from one start and for the same steps.
 
-    Both learn from the same samples in the same order; they differ in `human_weights` alone, which is 1 for the first.
+    Both learn from the same samples of the base model; they differ in `human_weights` alone, which is 1 for the first.
+    The reward is taken relative to the critic's value of the prefix: a shift that depends on the prefix alone leaves
+    the optimum π_T exp(r / β) / Z(prefix) where it is, and takes the luck of the prefix out of the weights.
     """
     settings = run.settings
     model = Transformer(dataclasses.replace(run.model.config, num_layers=len(settings.student_layers)))
@@ -393,24 +410,29 @@ def policy_distillation_students(run: Run, base: Policy, samples: Samples) -> tu
     own |= {f"layer_{number}": teacher[f"layer_{source}"] for number, source in enumerate(settings.student_layers)}
     trained, frozen = split_params(own, _layers_from(settings.student_from))
     teacher_table = output_table(teacher)
-    apply_fn = policies.student(model, prompt_length=settings.prompt_length)
+    apply_fn = policies.student(model, prompt_length=settings.prompt_length, first=settings.student_from)
     update = jax.jit(
         functools.partial(policy_distillation.update, config=policy_distillation.Config()), donate_argnums=0
     )
-    everyone = np.ones(settings.teacher_samples, np.float32)
-    standard = (samples.scores - samples.scores.mean()) / samples.scores.std()
-    liked = np.asarray(human_weights(jnp.asarray(standard), jnp.asarray(everyone > 0), beta=settings.human_beta))
+    everyone = jnp.ones(settings.teacher_samples)
+    expected = CRITIC.apply({"params": jax.device_get(critic)}, samples.prefix_state)
+    liked = human_weights(samples.standard_scores - expected, everyone > 0, beta=settings.human_beta)
 
-    def learn(stage: str, number: int, start: dict, weights: np.ndarray, steps: int) -> dict:
+    def learn(stage: str, number: int, start: dict, weights: Array, steps: int) -> dict:
         state = policy_distillation.init(
             {"student": jax.tree.map(jnp.copy, start)}, apply_fn, _adam(settings.student_rate, steps)
         )
+        probabilities, importance = map(np.asarray, policy_distillation.proposal(weights))
+        weights = np.asarray(weights)
 
         def step(state, index):
-            rows = run.rng(5, number, index).choice(settings.teacher_samples, settings.student_batch, replace=False)
-            take = lambda x: x[rows]
-            inputs = policies.TeacherInputs(jax.tree.map(take, samples.inputs), samples.teacher_hidden[rows])
-            batch = policy_distillation.Batch(inputs, samples.response_mask[rows], weights[rows])
+            rows = run.rng(5, number, index).choice(len(weights), settings.student_batch, p=probabilities)
+            batch = policy_distillation.Batch(
+                policies.TeacherInputs(jax.tree.map(lambda x: x[rows], samples.inputs), samples.teacher_hidden[rows]),
+                samples.response_mask[rows],
+                weights[rows],
+                importance[rows],
+            )
             fixed = {"student": frozen, "teacher_table": teacher_table}
             return update(state, run.split_rows(batch), frozen=fixed)
 
@@ -430,14 +452,16 @@ def judged(run: Run, policy: Policy, base: Policy, models: RewardModels, key: Ar
     settings, tokenizer = run.settings, run.material.tokenizer
     pool = prompts(run.material, run.material.judge, settings.prompt_length)
     beginnings = Tokens(pool.tokens[: settings.eval_prompts], pool.mask[: settings.eval_prompts])
-    reference_fn = policies.token_policy(base.model, prompt_length=settings.prompt_length)
 
     @jax.jit
     def look(trained: dict, frozen: dict, judge: dict, rollout: Rollout) -> tuple[Array, Array]:
+        """The judge's scores, and Σ log π - log π_base, in one pass of the base model."""
         params = merge_params(trained, frozen)
-        view = base.model.apply({"params": params}, rollout.tokens, rollout.mask, last=settings.judge_layer)
-        (reference,) = masking.zero_outside(rollout.response_mask, reference_fn(params, rollout.inputs))
-        return score(judge, view.hidden, rollout.mask), jnp.sum(rollout.raw_log_probs - reference, axis=-1)
+        out = base.model.apply({"params": params}, rollout.tokens, rollout.mask, tap=settings.judge_layer)
+        states = response_states(out.hidden, prompt_length=settings.prompt_length)
+        reference = head_log_probs(states, output_table(params), rollout.responses)
+        distance = kl.k1(*masking.zero_outside(rollout.response_mask, rollout.raw_log_probs, reference))
+        return score(judge, out.tap, rollout.mask), jnp.sum(distance, axis=-1)
 
     batches = continuations(run, policy, beginnings, key)
     looked = [jax.device_get(look(base.trained, base.frozen, models.judge, rollout)) for rollout in batches]
