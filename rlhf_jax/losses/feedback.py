@@ -19,6 +19,7 @@ from jax.typing import ArrayLike
 from rlhf_jax import masking
 from rlhf_jax.losses._pairs import floating
 from rlhf_jax.losses.policy import entropy_bonus, reinforce
+from rlhf_jax.returns import discounted_returns
 
 __all__ = [
     "Eligibility",
@@ -202,16 +203,7 @@ def human_returns(feedback: Array, mask: Array, *, discount: ArrayLike = 0.99) -
     [2.0, 2.0, 4.0]
     """
     (feedback,) = floating(feedback=feedback)
-    (feedback,) = jax.lax.stop_gradient(masking.zero_outside(mask, feedback))
-
-    def backward(later: Array, step: tuple[Array, Array]) -> tuple[Array, Array]:
-        signal, valid = step
-        total = jnp.where(valid, signal + discount * later, later)
-        return total, jnp.where(valid, total, 0.0)
-
-    inputs = (jnp.moveaxis(feedback, -1, 0), jnp.moveaxis(mask, -1, 0))
-    _, returns = jax.lax.scan(backward, jnp.zeros_like(feedback[..., 0]), inputs, reverse=True)
-    return jnp.moveaxis(returns, 0, -1)
+    return discounted_returns(jax.lax.stop_gradient(feedback), mask, discount=discount)
 
 
 def advise_log_probs(labels: Array, *, consistency: ArrayLike) -> Array:

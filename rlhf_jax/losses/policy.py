@@ -8,35 +8,36 @@ nor in gradient.
 
 The published algorithms are compositions of an advantage, a loss and a reducer:
 
-===========  ====================================  ===========================================  ===================
-algorithm    advantage                             loss                                         reducer
-===========  ====================================  ===========================================  ===================
-REINFORCE    returns minus a baseline              `reinforce`                                  `sequence_sum`
-RLOO, ReMax  leave-one-out, greedy baseline        `reinforce`                                  `sequence_sum`
-A2C          returns minus values                  `a2c` + value error + `entropy_bonus`        `token_mean`
-PPO          GAE, whitened                         `clipped_surrogate` + value error            `token_mean`
-GRPO         group-relative, over std              `clipped_surrogate` + β·k3                   `sequence_mean`
-Dr. GRPO     group-relative, no std                `clipped_surrogate`                          `fixed_length_mean`
-DAPO         group-relative, over std              `clipped_surrogate`, clip_high=0.28          `token_mean`
-BNPO         group-relative, over std              `clipped_surrogate` + β·k3                   `token_mean`
-GPG          group-relative × B / (B - flat rows)  `reinforce`                                  `token_mean`
-REINFORCE++  returns with KL, whitened             `clipped_surrogate`                          `token_mean`
-INTELLECT-2  group-relative, over std              `two_sided_surrogate` + β·k3                 `token_mean`
-CISPO        group-relative, over std              `gated_policy.cispo`                         `token_mean`
-SAPO         group-relative, over std              `gated_policy.sapo`                          `sequence_mean`
-DPPO         group-relative                        `gated_policy.dppo_tv`, `dppo_kl`            `token_mean`
-GSPO         group-relative, per sequence          `sequence_policy.gspo`                       mean of rows
-GSPO-token   group-relative, per token             `sequence_policy.gspo_token`                 `sequence_mean`
-LUSPO        group-relative, per sequence          `sequence_policy.luspo`                      mean of rows
-GMPO         group-relative, per sequence          `sequence_policy.gmpo`                       mean of rows
-VESPO        group-relative, per sequence          `sequence_policy.vespo`                      `token_mean`
-Clip-Cov     group-relative                        `covariance_policy.clip_cov`                 `token_mean`
-KL-Cov       group-relative                        `covariance_policy.kl_cov`                   `token_mean`
-AWR, AWAC    returns or Q minus values             `regression_policy.weighted_log_likelihood`  `token_mean`
-===========  ====================================  ===========================================  ===================
+===========  =====================================  ===========================================  ===================
+algorithm    advantages                             loss                                         reducer
+===========  =====================================  ===========================================  ===================
+REINFORCE    `discounted_returns` minus a baseline  `reinforce`                                  `sequence_sum`
+RLOO, ReMax  `leave_one_out`, `remax`               `reinforce`                                  `sequence_sum`
+A2C          returns minus values                   `a2c` + value error + `entropy_bonus`        `token_mean`
+PPO          `gae`, whitened                        `clipped_surrogate` + value error            `token_mean`
+GRPO         `group_relative`                       `clipped_surrogate` + β·k3                   `sequence_mean`
+Dr. GRPO     `group_centred`                        `clipped_surrogate`                          `fixed_length_mean`
+DAPO         `group_relative`                       `clipped_surrogate`, clip_high=0.28          `token_mean`
+BNPO         `group_relative`                       `clipped_surrogate` + β·k3                   `token_mean`
+GPG          `gpg`                                  `reinforce`                                  `token_mean`
+REINFORCE++  `reinforce_plus_plus`                  `clipped_surrogate`                          `token_mean`
+INTELLECT-2  `group_relative`                       `two_sided_surrogate` + β·k3                 `token_mean`
+CISPO        `group_relative`                       `gated_policy.cispo`                         `token_mean`
+SAPO         `group_relative`                       `gated_policy.sapo`                          `sequence_mean`
+DPPO         `group_relative`                       `gated_policy.dppo_tv`, `dppo_kl`            `token_mean`
+GSPO         `group_relative`, per sequence         `sequence_policy.gspo`                       mean of rows
+GSPO-token   per token                              `sequence_policy.gspo_token`                 `sequence_mean`
+LUSPO        `group_relative`, per sequence         `sequence_policy.luspo`                      mean of rows
+GMPO         `group_relative`, per sequence         `sequence_policy.gmpo`                       mean of rows
+VESPO        `group_relative`, per sequence         `sequence_policy.vespo`                      `token_mean`
+Clip-Cov     `group_relative`                       `covariance_policy.clip_cov`                 `token_mean`
+KL-Cov       `group_relative`                       `covariance_policy.kl_cov`                   `token_mean`
+AWR, AWAC    returns or Q minus values              `regression_policy.weighted_log_likelihood`  `token_mean`
+===========  =====================================  ===========================================  ===================
 
-"Mean of rows" is `masking.masked_mean(loss, jnp.any(mask, axis=-1))`. A sampler that differs from the trainer is
-corrected by multiplying the loss with a weight of `importance` before reducing.
+A score per sequence becomes token advantages by `group_advantages.to_tokens`. "Mean of rows" is
+`masking.masked_mean(loss, jnp.any(mask, axis=-1))`. A sampler that differs from the trainer is corrected by
+multiplying the loss with a weight of `importance` before reducing.
 """
 
 from typing import NamedTuple

@@ -36,7 +36,7 @@ def squared_error(values: Array, returns: Array) -> Array:
 
 
 def clipped_squared_error(values: Array, old_values: Array, returns: Array, *, clip: ArrayLike = 0.2) -> Array:
-    """PPO's clipped value loss per token: max((V - R)², (V_old + clip(V - V_old, -c, c) - R)²), no factor one half.
+    """PPO's clipped value loss per token: max((V - R)², (clip(V, V_old - c, V_old + c) - R)²), no factor one half.
 
     A value that has moved more than c from its old one, towards the return, gets no further gradient.
 
@@ -55,7 +55,7 @@ def clipped_squared_error(values: Array, old_values: Array, returns: Array, *, c
     """
     values, old_values, returns = floating(values=values, old_values=old_values, returns=returns)
     old_values, returns = jax.lax.stop_gradient((old_values, returns))
-    bounded = old_values + jnp.clip(values - old_values, -jnp.asarray(clip), jnp.asarray(clip))
+    bounded = jnp.clip(values, old_values - clip, old_values + clip)  # equal to values, to the bit, inside the bounds
     free, held = jnp.square(values - returns), jnp.square(bounded - returns)
     return jnp.where(free >= held, free, held)  # at a tie the value's own gradient, not half of each
 
