@@ -1,0 +1,206 @@
+"""generation/sampler.py: sampler = scorer, rows that do not see each other, ends, early exit, devices."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import PartitionSpec as Rows
+from small_decoders import FAMILIES, LENGTHS, VOCABULARY, assert_close_where, decoder, ragged_prompts, score
+
+from rlhf_jax.generation import warpers
+from rlhf_jax.generation.sampler import generate, greedy
+from rlhf_jax.logprobs import head_log_probs, response_states, token_log_probs
+from rlhf_jax.models.transformer import output_table
+from rlhf_jax.training.sharding import make_mesh, shard_batch
+
+END, PAD, R = 4, 0, 9
+KEYS = jax.random.split(jax.random.key(1), len(LENGTHS))
+
+
+def warped(logits):
+    return warpers.top_p(warpers.temperature(logits, 0.7), 0.8)
+
+
+@functools.partial(jax.jit, static_argnames=("model", "length", "warp", "choose", "tap"))
+def run(model, params, prompts, mask, keys, *, length=R, end_token=END, pad_token=PAD, **knobs):
+    return generate(
+        model, params, prompts, mask, keys, length=length, end_token=end_token, pad_token=pad_token, **knobs
+    )
+
+
+@pytest.fixture(scope="module")
+def llama():
+    return decoder()
+
+
+def ends_some_rows(responses):
+    """A token that occurs early in some rows and never in others."""
+    rows = [set(row.tolist()) for row in np.asarray(responses)]
+    early = set(np.asarray(responses)[:, 1:5].ravel().tolist())
+    return next(token for token in sorted(early) if not all(token in row for row in rows))
+
+
+@pytest.mark.parametrize(("family", "warp"), [("llama", None), *((family, warped) for family in FAMILIES)])
+def test_sampler_equals_scorer(family, warp):
+    model, params = decoder(family)
+    program = functools.partial(run, model, params, *ragged_prompts(garbage=VOCABULARY + 7), KEYS, warp=warp, tap=1)
+    end = ends_some_rows(program(end_token=VOCABULARY).responses)
+    rollout = program(end_token=end)
+    lengths = rollout.response_mask.sum(axis=1)
+    assert lengths.min() < R == lengths.max()
+    training = score(model, params, rollout)
+    assert_close_where(rollout.response_mask, rollout.raw_log_probs, training.log_probs)
+    expected = training.log_probs if warp is None else token_log_probs(warp(training.logits), rollout.responses)
+    assert_close_where(rollout.response_mask, rollout.log_probs, expected)
+    assert_close_where(rollout.mask, rollout.trunk, training.tap)
+    assert not np.asarray(rollout.log_probs)[~np.asarray(rollout.response_mask)].any()
+
+
+def test_sampler_equals_the_chunked_head_that_losses_use(llama):
+    model, params = llama
+    rollout = run(model, params, *ragged_prompts(), KEYS)
+    hidden = response_states(
+        model.apply({"params": params}, rollout.tokens, rollout.mask).hidden, prompt_length=rollout.prompt_length
+    )
+    assert_close_where(
+        rollout.response_mask, rollout.log_probs, head_log_probs(hidden, output_table(params), rollout.responses)
+    )
+
+
+def test_tap_is_complete_when_every_row_ended_early(llama):
+    model, params = llama
+    ends_third = lambda keys, logits: jnp.full(logits.shape[:1], 9, jnp.int32)
+    rollout = run(model, params, *ragged_prompts(), KEYS, choose=ends_third, end_token=9, tap=1)
+    assert rollout.response_mask.sum(axis=1).tolist() == [1] * len(LENGTHS)
+    assert_close_where(rollout.mask, rollout.trunk, score(model, params, rollout).tap)
+
+
+def test_tapped_rollout_equals_the_untapped_one(llama):
+    model, params = llama
+    plain, tapped = (run(model, params, *ragged_prompts(), KEYS, tap=tap) for tap in (None, 2))
+    assert plain.trunk is None
+    np.testing.assert_array_equal(plain.tokens, tapped.tokens)
+    np.testing.assert_allclose(plain.log_probs, tapped.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_a_row_depends_on_nothing_but_itself(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    together = run(model, params, *prompts, KEYS)
+    wider = run(model, params, *ragged_prompts(width=11, garbage=-3), KEYS)
+    order = jnp.array([2, 0, 3, 1])
+    shuffled = run(model, params, prompts.tokens[order], prompts.mask[order], KEYS[order])
+    for i, length in enumerate(LENGTHS):
+        alone = run(
+            model, params, prompts.tokens[i : i + 1, -length:], prompts.mask[i : i + 1, -length:], KEYS[i : i + 1]
+        )
+        place = order.tolist().index(i)
+        for other, row in ((alone, 0), (wider, i), (shuffled, place)):
+            np.testing.assert_array_equal(other.responses[row], together.responses[i])
+            np.testing.assert_array_equal(other.response_mask[row], together.response_mask[i])
+            np.testing.assert_allclose(other.log_probs[row], together.log_probs[i], rtol=1e-4, atol=1e-4)
+
+
+def test_a_shorter_rollout_is_the_beginning_of_a_longer_one(llama):
+    model, params = llama
+    short, long = (run(model, params, *ragged_prompts(), KEYS, length=n) for n in (4, R))
+    np.testing.assert_array_equal(short.responses, long.responses[:, :4])
+
+
+def test_different_keys_give_different_rows(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    same = [jnp.broadcast_to(x[1], x.shape) for x in prompts]
+    responses = {tuple(row.tolist()) for row in run(model, params, *same, KEYS).responses}
+    assert len(responses) == len(LENGTHS)
+    repeated = run(model, params, *same, jnp.broadcast_to(KEYS[0], KEYS.shape)).responses
+    assert len({tuple(row.tolist()) for row in repeated}) == 1
+
+
+def test_the_end_token_counts_and_what_follows_does_not(llama):
+    model, params = llama
+    free = run(model, params, *ragged_prompts(), KEYS, end_token=VOCABULARY)
+    end = ends_some_rows(free.responses)
+    rollout = run(model, params, *ragged_prompts(), KEYS, end_token=end, pad_token=VOCABULARY + 3)
+    np.testing.assert_array_equal(rollout.mask[:, -R:], rollout.response_mask)
+    for tokens, mask in zip(np.asarray(rollout.responses), np.asarray(rollout.response_mask), strict=True):
+        ends = np.flatnonzero(tokens == end)
+        assert len(ends) <= 1
+        real = ends[0] + 1 if len(ends) else R
+        np.testing.assert_array_equal(mask, np.arange(R) < real)
+        np.testing.assert_array_equal(tokens[real:], VOCABULARY + 3)
+    others = run(
+        model, params, *ragged_prompts(), KEYS, end_token=end, pad_token=end
+    )  # the pad may be the end token itself
+    np.testing.assert_array_equal(others.response_mask, rollout.response_mask)
+
+
+def count_turns(llama, choose, **knobs):
+    """(turns of the loop, rollout)"""
+    turns = []
+
+    def counted(keys, logits):
+        jax.debug.callback(lambda: turns.append(1))
+        return choose(keys, logits)
+
+    rollout = jax.block_until_ready(run(*llama, *ragged_prompts(), KEYS, choose=counted, **knobs))
+    jax.effects_barrier()
+    return len(turns), rollout
+
+
+def test_the_loop_stops_once_every_row_has_ended(llama):
+    turns, rollout = count_turns(llama, lambda keys, logits: jnp.full(logits.shape[:1], END, jnp.int32))
+    assert turns == 1
+    assert rollout.response_mask.sum() == len(LENGTHS)
+    assert np.isfinite(rollout.log_probs).all()
+    assert count_turns(llama, greedy, end_token=VOCABULARY)[0] == R  # an end that never comes
+
+
+@pytest.mark.parametrize("length", [1, 3])
+def test_prompts_of_one_token(llama, length):
+    model, params = llama
+    prompts = ragged_prompts((1, 1, 1, 1))
+    rollout = run(model, params, *prompts, KEYS, length=length, tap=1)
+    training = score(model, params, rollout)
+    assert_close_where(rollout.response_mask, rollout.log_probs, training.log_probs)
+    assert_close_where(rollout.mask, rollout.trunk, training.tap)
+
+
+def test_greedy_takes_the_best_token_of_the_training_forward_pass(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    rollout = run(model, params, *prompts, KEYS, choose=greedy, end_token=VOCABULARY, length=5)
+    logits = score(model, params, rollout).logits
+    np.testing.assert_array_equal(rollout.responses, np.argmax(logits, axis=-1))
+
+
+@functools.cache
+def two_devices():
+    return make_mesh(devices=jax.devices()[:2])
+
+
+def test_rows_on_several_devices_equal_one_device(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    one = run(model, params, *prompts, KEYS)
+    split = run(model, params, *shard_batch((*prompts, KEYS), two_devices()))
+    np.testing.assert_array_equal(one.tokens, split.tokens)
+    np.testing.assert_allclose(one.log_probs, split.log_probs, rtol=1e-5, atol=1e-5)
+
+
+def test_devices_may_stop_independently(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    rows = Rows("data")
+    program = jax.shard_map(
+        lambda *args: generate(model, *args, length=R, end_token=END, pad_token=PAD),
+        mesh=two_devices(),
+        in_specs=(Rows(), rows, rows, rows),
+        out_specs=rows,
+        check_vma=False,
+    )
+    one, split = run(model, params, *prompts, KEYS), jax.jit(program)(params, *prompts, KEYS)
+    np.testing.assert_array_equal(one.tokens, split.tokens)
+    np.testing.assert_allclose(one.log_probs, split.log_probs, rtol=1e-5, atol=1e-5)
