@@ -124,8 +124,8 @@ def masked_variance(
 ) -> Array:
     """Variance of x over the true slots: Σ_{mask} (x - mean)² / (n - ddof). n <= ddof gives 0, never NaN.
 
-    ``ddof=0`` divides by n (Ziegler et al. 2019's code), ``ddof=1`` by n - 1 (TRL, verl). The two passes are centred, so
-    a large mean costs no digits.
+    ``ddof=0`` divides by n (Ziegler et al. 2019's code), ``ddof=1`` by n - 1 (TRL, verl). The values are centred first,
+    so a large mean costs no digits.
 
     >>> float(masked_variance(jnp.array([1.0, 3.0, jnp.inf]), jnp.array([True, True, False]), ddof=1))
     2.0

@@ -78,9 +78,7 @@ def init(
     kl_coefficient: ArrayLike = 0.15,
 ) -> State:
     """The state to start from; `params` are the trained parameters of actor and critic together."""
-    return State(
-        TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer), kl.init_adaptive_kl(kl_coefficient)
-    )
+    return State(TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer), kl.init_adaptive_kl(kl_coefficient))
 
 
 def experience(
@@ -140,12 +138,10 @@ def steer(state: State, kl_per_sequence: ArrayLike, *, sequences: ArrayLike, con
     controller = kl.update_adaptive_kl(
         state.kl, kl_per_sequence, batch_size=sequences, target=config.kl_target, horizon=config.kl_horizon
     )
-    return state.replace(kl=controller)
+    return State(state.train, controller)
 
 
-def loss(
-    params: Any, apply_fn: Callable[..., ActorCritic], batch: Batch, *, config: Config
-) -> dict[str, Totals]:
+def loss(params: Any, apply_fn: Callable[..., ActorCritic], batch: Batch, *, config: Config) -> dict[str, Totals]:
     """Clipped surrogate of the actor, clipped squared error of the critic, entropy; per-token terms."""
     now = apply_fn(params, batch.inputs)
     log_probs, values = masking.zero_outside(batch.mask, now.log_probs, now.values)
@@ -178,7 +174,9 @@ def update(
     """One gradient step of actor and critic. `frozen` holds the parameters that `state` does not train."""
 
     def terms(params: Any, rows: Batch) -> dict[str, Totals]:
-        return loss(params if frozen is None else merge_params(params, frozen), state.train.apply_fn, rows, config=config)
+        return loss(
+            params if frozen is None else merge_params(params, frozen), state.train.apply_fn, rows, config=config
+        )
 
     weights: dict[str, ArrayLike] = {"policy/loss": 1.0, "value/loss": config.value_weight}
     if config.entropy_weight is not None:
@@ -187,7 +185,7 @@ def update(
         terms, state.train.params, batch, weights=weights, axis_name=axis_name, microbatches=microbatches
     )
     metrics |= {"optim/grad_norm": optax.tree.norm(grads)}
-    return state.replace(train=state.train.apply_gradients(grads=grads)), metrics
+    return State(state.train.apply_gradients(grads=grads), state.kl), metrics
 
 
 def update_epochs(

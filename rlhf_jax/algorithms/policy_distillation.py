@@ -8,8 +8,9 @@ with human reward r and baseline b = 1: dense soft targets, and an unbiased huma
 control variate. In expectation it is the reward-weighted likelihood, whose optimum is π_T exp(r / β) / Z. With all
 rewards equal w = 1, and it is plain distillation, whose optimum is π_T.
 
-Few samples carry most of w. Rows drawn with probability ∝ (1 + w) / 2 instead, from the teacher and its human-reweighted
-target in equal parts, with importance 2 / (1 + w), have the same expectation and bounded coefficients: see `proposal`.
+Few samples carry most of w. Rows drawn with probability ∝ (1 + w) / 2 instead, from the teacher and its
+human-reweighted target in equal parts, with importance 2 / (1 + w), have the same expectation and bounded coefficients:
+see `proposal`.
 
 `apply_fn(params, inputs) -> Distilled` compares the student with the teacher; `rlhf_jax.models.policies` makes one for
 language models in which teacher and student are hidden states and output tables.

@@ -31,7 +31,7 @@ class Config:
     centering: ArrayLike = 0.01  # weight of the mean squared sum of both scores, which fixes their origin
 
     def __post_init__(self) -> None:
-        if not isinstance(self.label_smoothing, jax.Array) and not 0 <= self.label_smoothing < 0.5:
+        if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 0.5:
             raise ValueError(f"label_smoothing must lie in [0, 0.5), got {self.label_smoothing}")
 
 

@@ -7,7 +7,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import optax
 from flax import struct
 from flax.training.train_state import TrainState
@@ -56,7 +55,7 @@ def update(
     axis_name: str | None = None,
     microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """One gradient step. `frozen` holds the parameters that `state` does not train; see `training.state.split_params`."""
+    """One gradient step. `frozen` holds what `state` does not train; see `training.state.split_params`."""
 
     def terms(params: Any, rows: Batch) -> dict[str, Totals]:
         return loss(params if frozen is None else merge_params(params, frozen), state.apply_fn, rows, config=config)

@@ -1,5 +1,7 @@
 """Scalar heads on hidden states: a value per token for the critic, a score per sequence for the reward model."""
 
+from typing import TYPE_CHECKING, Any
+
 import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
@@ -18,6 +20,12 @@ class ScalarHead(nn.Module):
 
     hidden: int = 0  # width of the hidden layer; 0 for a linear head
     scale: float = 1.0
+
+    if TYPE_CHECKING:  # Linen cannot say that without mutable collections `apply` returns what the method does
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def init(self, *args: Any, **kwargs: Any) -> Any: ...
 
     @nn.compact
     def __call__(self, features: Array) -> Array:

@@ -1,7 +1,7 @@
 """Language models as policies: functions of (params, inputs), the `apply_fn` of the algorithms.
 
-Here alone a `Transformer` meets the response-aligned view of the algorithms: hidden states at slots P-1 .. P+R-2 predict
-the R response tokens, so index t of everything returned is response token t. With ``prompt_length=1`` everything after
+Here alone a `Transformer` meets the response-aligned view of the algorithms: hidden states at slots P-1 .. P+R-2
+predict the R response tokens, so index t of everything returned is response token t. With ``prompt_length=1`` everything after
 the first token is a response, which is how plain texts are learnt.
 
 With ``first > 0`` only layers from `first` on are run, on the trunk activations that generation or an earlier pass has
@@ -32,7 +32,9 @@ class TeacherInputs:
     teacher_hidden: Array  # [B, R, D_T] the teacher's final hidden states that predict the response
 
 
-def response_hidden(model: Transformer, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0) -> Array:
+def response_hidden(
+    model: Transformer, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0
+) -> Array:
     """[B, R, D] final hidden states that predict each response token."""
     start = inputs.trunk if first else inputs.tokens
     hidden = model.apply({"params": params}, start, inputs.mask, first=first).hidden
@@ -55,9 +57,15 @@ def actor_critic(
     model: Transformer, critic: ScalarHead, *, prompt_length: int, first: int, temperature: ArrayLike = 1.0
 ) -> Callable[[dict, TokenInputs], ActorCritic]:
     """`apply_fn({"actor": ..., "critic": ...}, inputs)`: the actor's upper layers, and a critic on the same trunk."""
+    if not first:
+        raise ValueError(
+            "first must be at least 1: the critic reads the activations of a trunk below the actor's layers"
+        )
     log_probs = token_policy(model, prompt_length=prompt_length, first=first, temperature=temperature)
 
     def apply(params: dict, inputs: TokenInputs) -> ActorCritic:
+        if inputs.trunk is None:
+            raise ValueError("inputs.trunk is missing: generate with tap=first, so that the critic has what to read")
         values = critic.apply({"params": params["critic"]}, response_states(inputs.trunk, prompt_length=prompt_length))
         return ActorCritic(log_probs(params["actor"], inputs), values)
 

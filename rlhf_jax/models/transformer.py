@@ -12,7 +12,7 @@ Hidden states and not logits come back, because [B, T, V] is what runs out of me
 """
 
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -110,6 +110,10 @@ class Transformer(nn.Module):
 
     config: TransformerConfig
     remat: Callable[..., Any] | None = None
+
+    if TYPE_CHECKING:  # Linen cannot say that without mutable collections `apply` returns what the method does
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any: ...
 
     def setup(self) -> None:
         config = self.config

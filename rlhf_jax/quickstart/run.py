@@ -1,8 +1,9 @@
 """The quickstart from end to end: material, stages, results, report; and how it stops and resumes."""
 
 import contextlib
+import ctypes
 import dataclasses
-import functools
+import gc
 import json
 import os
 import time
@@ -20,7 +21,7 @@ from rlhf_jax.feedback import baselines
 from rlhf_jax.feedback.comparisons import Comparisons, comparison_quality, mean_comparisons, single_rater_comparisons
 from rlhf_jax.quickstart import stages
 from rlhf_jax.quickstart.console import Console
-from rlhf_jax.quickstart.material import Material, load_full, load_tiny
+from rlhf_jax.quickstart.material import load_full, load_tiny
 from rlhf_jax.quickstart.report import Bin, Interval, Plot, Report, Result, Sample, Series, StageTime, write_report
 from rlhf_jax.quickstart.settings import Settings
 from rlhf_jax.training.checkpoint import Checkpoints
@@ -45,7 +46,9 @@ class Folder:
         written = path / "config.json"
         if resume:
             if not written.is_file():
-                raise UserError(f"{path} holds no run to resume: it has no config.json; leave --resume out to start one")
+                raise UserError(
+                    f"{path} holds no run to resume: it has no config.json; leave --resume out to start one"
+                )
             if (before := json.loads(written.read_text())) != config:
                 changed = sorted(
                     name
@@ -70,7 +73,10 @@ class Folder:
                 state = checkpoints.restore(state).state
             began = time.perf_counter()
             metrics_path = self.path / "metrics" / f"{name}.jsonl"
-            with self.console.stage(stage, total, start=done) as bar, MetricsWriter(metrics_path, resume_after=done) as writer:
+            with (
+                self.console.stage(stage, total, start=done) as bar,
+                MetricsWriter(metrics_path, resume_after=done) as writer,
+            ):
 
                 def on_step(index: int, metrics: Any) -> None:
                     numbers = host_metrics(metrics)
@@ -87,6 +93,7 @@ class Folder:
                     stop=self.stop,
                 )
             self.seconds[stage] = time.perf_counter() - began
+        release_memory()
         return state
 
     def metrics(self, stage: str) -> list[dict[str, Any]]:
@@ -102,6 +109,7 @@ class Folder:
         with self.console.stage(stage, total) as bar:
             yield bar
         self.seconds[stage] = time.perf_counter() - began
+        release_memory()
 
 
 def file_name(stage: str) -> str:
@@ -173,6 +181,13 @@ def fetch_all(console: Console) -> None:
             fetch(artefact, progress=lambda told: bar.update(told.done, total=told.total, note=told.step))
 
 
+def release_memory() -> None:
+    """Gives back to the system what a stage has freed: the C library keeps it otherwise, and the peak grows."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError, TypeError):  # not every C library can trim
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 def peak_memory_gib() -> float:
     """The largest resident size of this process so far."""
     import resource
@@ -206,7 +221,7 @@ def summarise(context: stages.Run, judged: dict[str, stages.Judged], held_out: n
         lexicon = [baselines.lexicon_scores(judged[policy].texts) for policy in (one, other)]
         wins[name] = {
             "judge": evaluation.win_rate(judged[one].scores, judged[other].scores, context.rng(9))._asdict(),
-            "lexicon": evaluation.win_rate(*lexicon, context.rng(9))._asdict(),
+            "lexicon": evaluation.win_rate(lexicon[0], lexicon[1], context.rng(9))._asdict(),
         }
     return {
         "seed": settings.seed,
@@ -254,9 +269,7 @@ WHO = {
 }
 
 
-def report(
-    folder: Folder, context: stages.Run, judged: dict[str, stages.Judged], results: dict[str, Any]
-) -> Report:
+def report(folder: Folder, context: stages.Run, judged: dict[str, stages.Judged], results: dict[str, Any]) -> Report:
     """What the run has to show, in words and figures."""
     wins, policies, accuracy = results["wins"], results["policies"], results["accuracy"]
     goals = {"ac_hf": 0.75, "pd_human": 0.65}
@@ -280,7 +293,7 @@ def report(
         ),
         Result("tf-idf on the same pairs", f"{accuracy['tf-idf']:.1%}"),
         Result("longer wins", f"{accuracy['longer wins']:.1%}"),
-        Result("mean length (tokens): base, AC-HF", " , ".join(f"{policies[p]['length']:.1f}" for p in ("base", "ac_hf"))),
+        Result("mean tokens: base, AC-HF", ", ".join(f"{policies[p]['length']:.1f}" for p in ("base", "ac_hf"))),
         Result("time after downloads", f"{results['seconds']['after_downloads']:.0f} s"),
         Result("peak memory", f"{results['peak_memory_gib']:.1f} GiB"),
     ]
@@ -343,9 +356,7 @@ def report(
         ),
         results=table,
         plots=plots,
-        win_rates=[
-            Interval(against[name], *wins[name]["judge"].values(), goal=goal(name)) for name in goals
-        ],
+        win_rates=[Interval(against[name], *wins[name]["judge"].values(), goal=goal(name)) for name in goals],
         calibration=[Bin(**bin) for bin in results["calibration"]],
         accuracies=accuracy,
         samples=samples,
@@ -377,4 +388,6 @@ def limit_row(name: str, value: float, shown: str, limit: float, real: bool, *, 
     """A figure with an upper (or lower) limit as a line of the table."""
     sign = ">=" if at_least else "<="
     met = value >= limit if at_least else value <= limit
-    return Result(name, shown.format(value), goal=f"{sign} {shown.format(limit)}" if real else "", met=met if real else None)
+    return Result(
+        name, shown.format(value), goal=f"{sign} {shown.format(limit)}" if real else "", met=met if real else None
+    )

@@ -7,7 +7,7 @@ from the seed, the stage and the index, so a resumed run sees what an uninterrup
 
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, NamedTuple
 
 import jax
@@ -72,8 +72,8 @@ class Samples(NamedTuple):
     """Continuations of training prefixes by the base model, on the host."""
 
     inputs: TokenInputs  # [N, P + R], the trunk below the student's first trained layer
-    response_mask: np.ndarray  # [N, R]
-    teacher_hidden: np.ndarray  # [N, R, D] final hidden states that predict the response
+    response_mask: Any  # [N, R]
+    teacher_hidden: Any  # [N, R, D] final hidden states that predict the response
     prefix_state: np.ndarray  # [N, D] trunk activations at the end of the prefix, the critic's view of it
     scores: np.ndarray  # [N] of the reward model
 
@@ -139,7 +139,10 @@ def _adam(rate: float, steps: int) -> optax.GradientTransformation:
     """Adam with clipping, a short warm-up and a linear descent to a tenth."""
     warm_up = max(1, steps // 20)
     schedule = optax.join_schedules(
-        [optax.linear_schedule(rate / warm_up, rate, warm_up), optax.linear_schedule(rate, 0.1 * rate, steps - warm_up)],
+        [
+            optax.linear_schedule(rate / warm_up, rate, warm_up),
+            optax.linear_schedule(rate, 0.1 * rate, steps - warm_up),
+        ],
         [warm_up],
     )
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
@@ -166,8 +169,8 @@ def base_model(run: Run) -> Policy:
 
     def step(state: Any, index: int) -> tuple[Any, dict[str, Array]]:
         rows = run.rng(1, index).choice(len(texts.tokens), settings.base_batch, replace=False)
-        mask = texts.mask[rows]
-        batch = sft.Batch(TokenInputs(texts.tokens[rows], mask), mask[:, 1:])
+        tokens, mask = map(jnp.asarray, (texts.tokens[rows], texts.mask[rows]))
+        batch = sft.Batch(TokenInputs(tokens, mask), mask[:, 1:])
         return update(state, run.split_rows(batch), frozen=frozen)
 
     state = run.loop("base model", step, state, settings.base_steps)
@@ -227,7 +230,7 @@ def _fit(settings: Settings, key: Array, features: np.ndarray, comparisons: Comp
         state = reward_model.init(params, lambda params, x: HEAD.apply({"params": params}, x), optimizer)
         pairs = PreferenceBatch(standard[chosen], standard[rejected], jnp.ones(chosen.shape))
         update = lambda state, _: reward_model.update(state, pairs, config=reward_model.Config())
-        return jax.lax.scan(update, state, None, length=settings.reward_steps)[0].params
+        return dict(jax.lax.scan(update, state, None, length=settings.reward_steps)[0].params)
 
     head = jax.jit(fit)(key, standard, comparisons.chosen, comparisons.rejected)
     return {"head": head, "mean": jnp.asarray(mean), "deviation": jnp.asarray(deviation)}
@@ -319,7 +322,10 @@ def teacher_samples(run: Run, base: Policy, models: RewardModels) -> Samples:
         return states, out.tap[:, settings.prompt_length - 1], score(reward, out.tap, rollout.mask)
 
     looked = [jax.device_get(look(base.trained, base.frozen, models.reward, rollout)) for rollout in batches]
-    gather = lambda parts: np.concatenate([np.asarray(part) for part in parts])[: settings.teacher_samples]
+
+    def gather(parts: Iterable[Any]) -> Any:
+        return np.concatenate([np.asarray(part) for part in parts])[: settings.teacher_samples]
+
     return Samples(
         TokenInputs(
             gather(b.tokens for b in batches),
@@ -362,6 +368,7 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tup
         actor = state.train.params["actor"]
         rollout = act(actor, trunk, tokens, mask, keys)
         inputs = rollout.inputs
+        assert rollout.trunk is not None  # asked for by tap
         scores = (score(reward, rollout.trunk, rollout.mask) - centre) / spread
         reference_log_probs = reference_fn(merge_params(reference, trunk), inputs)
         values = apply_fn({"actor": merge_params(actor, trunk), "critic": state.train.params["critic"]}, inputs).values
@@ -422,17 +429,13 @@ def policy_distillation_students(run: Run, base: Policy, critic: dict, samples: 
         state = policy_distillation.init(
             {"student": jax.tree.map(jnp.copy, start)}, apply_fn, _adam(settings.student_rate, steps)
         )
-        probabilities, importance = map(np.asarray, policy_distillation.proposal(weights))
-        weights = np.asarray(weights)
+        probabilities, importance = policy_distillation.proposal(weights)
 
         def step(state, index):
-            rows = run.rng(5, number, index).choice(len(weights), settings.student_batch, p=probabilities)
-            batch = policy_distillation.Batch(
-                policies.TeacherInputs(jax.tree.map(lambda x: x[rows], samples.inputs), samples.teacher_hidden[rows]),
-                samples.response_mask[rows],
-                weights[rows],
-                importance[rows],
-            )
+            rows = run.rng(5, number, index).choice(len(weights), settings.student_batch, p=np.asarray(probabilities))
+            taught = policies.TeacherInputs(samples.inputs, samples.teacher_hidden)
+            everything = policy_distillation.Batch(taught, samples.response_mask, weights, importance)
+            batch = jax.tree.map(lambda x: np.asarray(x)[rows], everything)
             fixed = {"student": frozen, "teacher_table": teacher_table}
             return update(state, run.split_rows(batch), frozen=fixed)
 
@@ -465,15 +468,16 @@ def judged(run: Run, policy: Policy, base: Policy, models: RewardModels, key: Ar
 
     batches = continuations(run, policy, beginnings, key)
     looked = [jax.device_get(look(base.trained, base.frozen, models.judge, rollout)) for rollout in batches]
-    rows = [row for b in jax.device_get(batches) for row in zip(b.tokens, b.mask, b.responses, b.response_mask)]
+    rows = [
+        row for b in jax.device_get(batches) for row in zip(b.tokens, b.mask, b.responses, b.response_mask, strict=True)
+    ]
     rows = rows[: len(beginnings.tokens)]
-    gather = lambda parts: np.concatenate(list(parts))[: len(rows)]
     responses = [[int(token) for token in response[mask]] for _, _, response, mask in rows]
     return Judged(
         texts=[tokenizer.decode([int(t) for t in tokens[mask]]) for tokens, mask, _, _ in rows],
         continuations=[tokenizer.decode(response) for response in responses],
-        scores=gather(scores for scores, _ in looked),
+        scores=np.concatenate([scores for scores, _ in looked])[: len(rows)],
         lengths=np.array([len(response) for response in responses]),
         responses=responses,
-        reference_kl=gather(kl for _, kl in looked),
+        reference_kl=np.concatenate([distance for _, distance in looked])[: len(rows)],
     )
