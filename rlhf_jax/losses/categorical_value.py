@@ -26,7 +26,7 @@ def two_hot(values: Array, support: Array) -> Array:
 
     Args:
       values: [...] returns; stopped. Values beyond the support go to its end.
-      support: [N] increasing atoms, not necessarily evenly spaced; stopped.
+      support: [N] increasing atoms, not necessarily evenly spaced.
     Returns:
       [..., N] probabilities: at most two are positive.
     Raises: ValueError for a support that is not one axis of at least 2, TypeError for integer inputs (at trace time).
@@ -36,8 +36,7 @@ def two_hot(values: Array, support: Array) -> Array:
     [0.0, 0.75, 0.25]
     """
     support, (values,) = _atoms(support, "support"), floating(values=values)
-    values, support = jax.lax.stop_gradient((values, support))
-    values = jnp.clip(values, support[0], support[-1])
+    values = jnp.clip(jax.lax.stop_gradient(values), support[0], support[-1])
     above = jnp.clip(jnp.searchsorted(support, values, side="right"), 1, support.shape[0] - 1)
     share = (values - support[above - 1]) / (support[above] - support[above - 1])
     upper = jax.nn.one_hot(above, support.shape[0], dtype=values.dtype)
@@ -50,7 +49,7 @@ def hl_gauss(values: Array, edges: Array, *, smoothing: ArrayLike = 0.75) -> Arr
 
     Args:
       values: [...] returns; stopped. Values beyond the edges count as the edge.
-      edges: [N + 1] increasing edges of the N bins; stopped.
+      edges: [N + 1] increasing edges of the N bins.
       smoothing: σ over the mean bin width; towards 0 it gives the bin that holds the value.
     Returns:
       [..., N] probabilities.
@@ -61,8 +60,7 @@ def hl_gauss(values: Array, edges: Array, *, smoothing: ArrayLike = 0.75) -> Arr
     [0.241, 0.519, 0.241]
     """
     edges, (values,) = _atoms(edges, "edges"), floating(values=values)
-    values, edges = jax.lax.stop_gradient((values, edges))
-    values = jnp.clip(values, edges[0], edges[-1])
+    values = jnp.clip(jax.lax.stop_gradient(values), edges[0], edges[-1])
     sigma = smoothing * (edges[-1] - edges[0]) / (edges.shape[0] - 1)
     offsets = edges.reshape((1,) * values.ndim + edges.shape) - values[..., None]
     cumulative = jax.scipy.stats.norm.cdf(offsets / sigma)
@@ -75,7 +73,7 @@ def project(probabilities: Array, locations: Array, support: Array) -> Array:
     Args:
       probabilities: [..., M] masses of the target distribution; stopped.
       locations: [..., M] where they lie, for instance r + γ·support; stopped.
-      support: [N] increasing atoms, not necessarily evenly spaced; stopped.
+      support: [N] increasing atoms, not necessarily evenly spaced.
     Returns:
       [..., N] probabilities with the same sum; the same mean too, if no location lies beyond the support.
     Raises: AssertionError if probabilities and locations differ in shape, ValueError and TypeError as `two_hot`.

@@ -29,11 +29,13 @@ def uniform_delay(delay: Array, *, low: ArrayLike = 0.2, high: ArrayLike = 0.6) 
       high: longest reaction, above low.
     Returns:
       [...] in [0, 1].
+    Raises: TypeError for integer delays.
     Reference: Knox and Stone 2009, https://doi.org/10.1145/1597735.1597738
 
     >>> [round(p, 3) for p in uniform_delay(jnp.array([0.1, 0.3, 9.0])).tolist()]
     [0.0, 0.25, 1.0]
     """
+    (delay,) = floating(delay=delay)
     return jnp.clip((delay - low) / (high - jnp.asarray(low)), 0.0, 1.0)
 
 
@@ -46,11 +48,13 @@ def gamma_delay(delay: Array, *, shape: ArrayLike = 2.0, scale: ArrayLike = 0.28
       scale: θ > 0 in seconds.
     Returns:
       [...] in [0, 1].
+    Raises: TypeError for integer delays.
     Reference: Knox and Stone 2009, https://doi.org/10.1145/1597735.1597738
 
     >>> [round(p, 3) for p in gamma_delay(jnp.array([-1.0, 0.28, 9.0])).tolist()]
     [0.0, 0.264, 1.0]
     """
+    (delay,) = floating(delay=delay)
     return jax.scipy.special.gammainc(jnp.asarray(shape, delay.dtype), jnp.maximum(delay, 0.0) / scale)
 
 
