@@ -1,8 +1,8 @@
 """Language models as policies: functions of (params, inputs), the `apply_fn` of the algorithms.
 
 Here alone a `Transformer` meets the response-aligned view of the algorithms: hidden states at slots P-1 .. P+R-2
-predict the R response tokens, so index t of everything returned is response token t. With ``prompt_length=1`` everything after
-the first token is a response, which is how plain texts are learnt.
+predict the R response tokens, so index t of everything returned is response token t. With ``prompt_length=1``
+everything after the first token is a response, which is how plain texts are learnt.
 
 With ``first > 0`` only layers from `first` on are run, on the trunk activations that generation or an earlier pass has
 kept in `TokenInputs.trunk`. The lower layers' parameters are then not needed.
