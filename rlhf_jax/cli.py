@@ -8,6 +8,8 @@ from pathlib import Path
 
 __all__ = ["main"]
 
+OLDEST_JAX = (0, 7)
+
 
 def parser() -> argparse.ArgumentParser:
     """The command line."""
@@ -36,13 +38,32 @@ def main(arguments: Sequence[str] | None = None) -> int:
     from rlhf_jax.errors import UserError
 
     try:
+        check_versions()
         return quickstart(options)
     except UserError as error:
         print(f"rlhf-jax: {error}", file=sys.stderr)
         return 2
+    except OSError as error:
+        print(f"rlhf-jax: {error.filename or 'a file'} cannot be used: {error.strerror or error}", file=sys.stderr)
+        return 2
     except KeyboardInterrupt:
         print("rlhf-jax: stopped", file=sys.stderr)
         return 130
+
+
+def check_versions() -> None:
+    """Raises UserError if JAX is missing or older than this version of the library supports."""
+    from importlib.metadata import PackageNotFoundError, version
+
+    from rlhf_jax.errors import UserError
+
+    try:
+        found = version("jax")
+    except PackageNotFoundError:
+        found = "none"
+    if tuple(int(part) for part in found.split(".")[:2] if part.isdigit()) < OLDEST_JAX:
+        oldest = ".".join(map(str, OLDEST_JAX))
+        raise UserError(f"JAX {oldest} or newer is needed, and {found} is installed; run: pip install --upgrade jax")
 
 
 def quickstart(options: argparse.Namespace) -> int:

@@ -133,10 +133,10 @@ def quickstart(out: Path, settings: Settings, *, tiny: bool, resume: bool, conso
     """
     folder = Folder(out, settings, tiny=tiny, resume=resume, console=console)
     began = time.perf_counter()
+    if not tiny:
+        fetch_all(console)
+    began_work = time.perf_counter()
     with stop_on_signals() as folder.stop:
-        if not tiny:
-            fetch_all(console)
-        began_work = time.perf_counter()
         with folder.timed("model and ratings") as bar:
             material = load_tiny(settings) if tiny else load_full(settings)
             bar.update(1)

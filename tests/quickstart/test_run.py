@@ -158,3 +158,18 @@ def test_the_command_line_speaks_in_sentences(capsys, tmp_path):
     assert "more devices than JAX finds" in capsys.readouterr().err
     assert cli.main(["quickstart", "--tiny", "--resume", "--out", str(tmp_path / "no")]) == 2
     assert "holds no run to resume" in capsys.readouterr().err
+
+
+def test_an_old_jax_is_named(capsys, monkeypatch):
+    monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.30")
+    assert cli.main(["quickstart", "--tiny"]) == 2
+    assert "JAX 0.7 or newer is needed, and 0.4.30 is installed" in capsys.readouterr().err
+
+
+def test_a_file_that_cannot_be_written_is_named(capsys, tmp_path):
+    (tmp_path / "file").write_text("")
+    assert cli.main(["quickstart", "--tiny", "--out", str(tmp_path / "file" / "run")]) == 2
+    message = capsys.readouterr().err
+    assert message.startswith("rlhf-jax: ")
+    assert "cannot be used: Not a directory" in message
+    assert len(message.splitlines()) == 1
