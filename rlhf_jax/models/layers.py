@@ -49,17 +49,19 @@ class Norm(nn.Module):
         wide = x.astype(jnp.promote_types(x.dtype, jnp.float32))
         start = nn.initializers.constant(1.0 - self.offset)
         scale = self.offset + self.param("scale", start, (x.shape[-1],)).astype(wide.dtype)
-        bias = 0.0
         if self.kind == "layer":
             wide = wide - jnp.mean(wide, axis=-1, keepdims=True)
-            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],)).astype(wide.dtype)
         power = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        return (_along(scale, x) * (wide * jax.lax.rsqrt(power + self.epsilon)) + _along(bias, x)).astype(x.dtype)
+        wide = _along(scale, x) * (wide * jax.lax.rsqrt(power + self.epsilon))
+        if self.kind == "layer":
+            bias = self.param("bias", nn.initializers.zeros, (x.shape[-1],))
+            wide = wide + _along(bias.astype(wide.dtype), x)
+        return wide.astype(x.dtype)
 
 
-def _along(vector: Array | float, x: Array) -> Array | float:
+def _along(vector: Array, x: Array) -> Array:
     """A vector over the last axis, with the rank of x."""
-    return vector if isinstance(vector, float) else vector.reshape((1,) * (x.ndim - 1) + vector.shape)
+    return vector.reshape((1,) * (x.ndim - 1) + vector.shape)
 
 
 class MLP(nn.Module):
