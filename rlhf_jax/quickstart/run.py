@@ -21,8 +21,12 @@ from rlhf_jax.feedback import baselines
 from rlhf_jax.feedback.comparisons import Comparisons, comparison_quality, mean_comparisons, single_rater_comparisons
 from rlhf_jax.quickstart import stages
 from rlhf_jax.quickstart.console import Console
+from rlhf_jax.quickstart.context import Run
+from rlhf_jax.quickstart.judging import Judged
+from rlhf_jax.quickstart.judging import judged as judge_policy
 from rlhf_jax.quickstart.material import load_full, load_tiny
 from rlhf_jax.quickstart.report import Bin, Interval, Plot, Report, Result, Sample, Series, StageTime, write_report
+from rlhf_jax.quickstart.rewards import reward_models
 from rlhf_jax.quickstart.settings import Settings
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Interrupted, StopRequest, run, stop_on_signals
@@ -141,19 +145,19 @@ def quickstart(out: Path, settings: Settings, *, tiny: bool, resume: bool, conso
             material = load_tiny(settings) if tiny else load_full(settings)
             bar.update(1)
         mesh = make_mesh(devices=jax.devices()[: settings.devices])
-        context = stages.Run(settings, material, mesh, folder.loop)
+        context = Run(settings, material, mesh, folder.loop)
         base = stages.base_model(context)
-        models, held_out = stages.reward_models(context, base)
+        models, held_out = reward_models(context, base)
         with folder.timed("samples of the base model") as bar:
             samples = stages.teacher_samples(context, base, models)
             bar.update(1)
         actor, critic = stages.ac_hf(context, base, models, samples)
         plain, human = stages.policy_distillation_students(context, base, critic, samples)
         policies = {"base": base, "ac_hf": actor, "pd": plain, "pd_human": human}
-        judged: dict[str, stages.Judged] = {}
+        judged: dict[str, Judged] = {}
         with folder.timed("judging", len(policies)) as bar:
             for number, (name, policy) in enumerate(policies.items()):
-                judged[name] = stages.judged(context, policy, base, models, context.key(6, number))
+                judged[name] = judge_policy(context, policy, base, models, context.key(6, number))
                 bar.update(number + 1)
     results = summarise(context, judged, held_out)
     results["seconds"] = {
@@ -200,7 +204,7 @@ def peak_memory_gib() -> float:
 # --- results ----------------------------------------------------------------------------------------------------------
 
 
-def summarise(context: stages.Run, judged: dict[str, stages.Judged], held_out: np.ndarray) -> dict[str, Any]:
+def summarise(context: Run, judged: dict[str, Judged], held_out: np.ndarray) -> dict[str, Any]:
     """All figures of a run, from what the stages have left."""
     settings, material = context.settings, context.material
     train, unseen = list(material.train), list(material.judge)
@@ -250,7 +254,7 @@ def calibration(scores: np.ndarray, comparisons: Comparisons) -> list[evaluation
     return evaluation.reliability(probability, ~flip)
 
 
-def write_samples(path: Path, judged: dict[str, stages.Judged]) -> None:
+def write_samples(path: Path, judged: dict[str, Judged]) -> None:
     """One line per held-out prefix, with every policy's text and judge score."""
     rows = [
         {name: {"text": result.texts[row], "score": float(result.scores[row])} for name, result in judged.items()}
@@ -269,7 +273,7 @@ WHO = {
 }
 
 
-def report(folder: Folder, context: stages.Run, judged: dict[str, stages.Judged], results: dict[str, Any]) -> Report:
+def report(folder: Folder, context: Run, judged: dict[str, Judged], results: dict[str, Any]) -> Report:
     """What the run has to show, in words and figures."""
     wins, policies, accuracy = results["wins"], results["policies"], results["accuracy"]
     goals = {"ac_hf": 0.75, "pd_human": 0.65}
