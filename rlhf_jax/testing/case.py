@@ -183,6 +183,7 @@ class Case:
 
 def spread(mask: Any, letters: str, target: str) -> Any:
     """A mask over `letters`, made to broadcast against an array over `target`; None where it does not apply."""
-    if not target.startswith(letters):
+    sizes = dict(zip(letters, mask.shape, strict=True))
+    if not letters or [letter for letter in target if letter in sizes] != list(letters):
         return None
-    return mask.reshape(mask.shape + (1,) * (len(target) - len(letters)))
+    return mask.reshape([sizes.get(letter, 1) for letter in target])

@@ -88,9 +88,10 @@ def check_padding(function: Callable[..., Any], case: Case) -> None:
     shifts = np.where(subject.mask.any(-1), np.argmax(subject.mask[:, ::-1], -1), 0)
 
     def roll(value: Any, letters: str) -> Any:
-        if not letters.startswith("BT"):
+        if not letters.startswith("B") or "T" not in letters:
             return value
-        return np.stack([np.roll(row, shift, axis=0) for row, shift in zip(value, shifts, strict=True)])
+        axis = letters.index("T") - 1
+        return np.stack([np.roll(row, shift, axis=axis) for row, shift in zip(value, shifts, strict=True)])
 
     rolled = [roll(value, word.letters) for value, word in zip(subject.arguments, case.inputs, strict=True)]
     moved, _ = subject.run(rolled, mask=roll(subject.mask, "BT"))

@@ -1,0 +1,45 @@
+"""Brings the library's compact docstrings into the form that the documentation builder reads.
+
+Sections follow each other without blank lines, errors and references stand on one line, examples are bare doctests.
+"""
+
+import re
+from typing import Any
+
+from griffe import Extension, Object
+
+SECTION = re.compile(r"(?m)^(Args|Returns|Attributes):$")
+SENTENCE = re.compile(r"(?m)^(Raises|Reference|References):\s*(?=\S|\n\s+\S)")
+DOCTEST = re.compile(r"(?m)^>>> .*(?:\n(?!\s*$).*)*")
+
+
+def readable(docstring: str) -> str:
+    """The same docstring with blank lines between sections and doctests as code.
+
+    >>> print(readable("A sum.\\nArgs:\\n  x: [B].\\nRaises: TypeError.\\n\\n>>> 1 + 1\\n2"))
+    A sum.
+    <BLANKLINE>
+    Args:
+      x: [B].
+    <BLANKLINE>
+    **Raises**: TypeError.
+    <BLANKLINE>
+    ```pycon
+    >>> 1 + 1
+    2
+    ```
+    """
+    text = SECTION.sub(r"\n\1:", docstring)
+    text = SENTENCE.sub(r"\n**\1**: ", text)
+    text = DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", text)
+    text = re.sub(r"(?m)::$", ":", text)
+    return re.sub(r"\n{3,}", "\n\n", text)
+
+
+class Compact(Extension):
+    """Rewrites every docstring as it is read."""
+
+    def on_object(self, *, obj: Object, **kwargs: Any) -> None:
+        """Called by griffe for each module, class, function and attribute."""
+        if obj.docstring:
+            obj.docstring.value = readable(obj.docstring.value)

@@ -1,0 +1,32 @@
+"""All probes, and the algorithms that have another optimum."""
+
+from collections.abc import Callable
+
+import decision_probes  # noqa: F401  (registers its probes)
+import jax
+import jax.numpy as jnp
+import regression_probes  # noqa: F401
+from distillation_probes import distilled
+from policy_probes import grouped, spread
+from preference_probes import pairs
+from problem import BETA, HUMAN_OPTIMUM, OPTIMUM, PROBES, TEACHER
+
+from rlhf_jax import group_advantages
+from rlhf_jax.losses import (
+    distillation,
+    preference,
+)
+
+__all__ = ["BIASED", "PROBES"]
+
+BIASED: dict[str, Callable[[], jax.Array]] = {
+    "GRPO, KL in the loss (k3)": lambda: grouped(spread(group_advantages.group_relative), kl_in_reward=False),
+    "conservative DPO on clean labels": lambda: pairs(
+        lambda *x: preference.conservative_dpo(*x, beta=BETA, label_smoothing=0.2), OPTIMUM
+    ),
+    "IPO": lambda: pairs(lambda *x: preference.ipo_sum(*x, beta=BETA), OPTIMUM),
+    "plain distillation": lambda: distilled(
+        lambda table, old, step: jnp.sum(distillation.soft_cross_entropy(table, TEACHER)), HUMAN_OPTIMUM
+    ),
+}
+"""Algorithms that optimise something else: their distance from π_ref exp(r/β) / Z (of π_T for distillation) is real."""
