@@ -5,7 +5,7 @@ import pathlib
 import sys
 
 DOCS = pathlib.Path(__file__).parent
-sys.path.insert(0, str(DOCS.parent / "tests" / "probes"))
+sys.path[:0] = [str(DOCS.parent / "tests" / "probes"), str(DOCS.parent)]
 
 from optima import BIASED, PROBES  # noqa: E402
 from problem import HUMAN_OPTIMUM, LOG_REFERENCE, OPTIMUM  # noqa: E402

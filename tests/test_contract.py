@@ -26,6 +26,7 @@ from rlhf_jax import (
     returns,
     reward_scales,
     rewards,
+    teacher_chunks,
     token_advantages,
 )
 from rlhf_jax.losses import (
@@ -482,19 +483,22 @@ row(
     },
 )
 row(distillation.kickstarting, "B B :positive -> B", "step", static={"weight": lambda step: jnp.float32(0.5) * step})
+HEADS, TEACHERS = "BTD VD BTE VE", "teacher_hidden teacher_table"
 for divergence in (
     head_divergences.head_forward_kl,
     head_divergences.head_reverse_kl,
     head_divergences.head_generalised_jsd,
     head_divergences.head_total_variation,
 ):
-    row(
-        divergence,
-        "BTD VD BTE VE -> BT",
-        "teacher_hidden teacher_table",
-        sizes={"E": 4},
-        static={"chunk": 2},
-    )
+    row(divergence, HEADS + " -> BT", TEACHERS, sizes={"E": 4}, static={"chunk": 2})
+row(teacher_chunks.head_soft_cross_entropy, HEADS + " -> BT", TEACHERS, sizes={"E": 4}, static={"chunk": 2})
+row(
+    teacher_chunks.head_distillation,
+    HEADS + " BT:token -> BT BT BT BT",
+    TEACHERS,
+    sizes={"E": 4},
+    static={"chunk": 3},
+)
 row(sampled_distillation.sampled_cross_entropy, "BT:log_prob BT:positive -> BT", "weights")
 row(sampled_distillation.sampled_reverse_kl, "BT:log_prob BT:log_prob -> BT", "teacher_log_probs")
 row(
@@ -556,14 +560,14 @@ def test_contract(function, case):
         assert report["devices"] == "passed"
 
 
-CORE = [
-    "masking logprobs kl rewards reward_scales ensembles constraints returns advantages group_advantages",
-    "token_advantages pass_at_k",
-]
+CORE = """
+    masking logprobs vocabulary_chunks teacher_chunks kl rewards reward_scales ensembles constraints returns advantages
+    group_advantages token_advantages pass_at_k
+"""
 
 
 def core_modules():
-    for name in " ".join(CORE).split():
+    for name in CORE.split():
         yield importlib.import_module(f"rlhf_jax.{name}")
     for module in pkgutil.iter_modules(losses.__path__, "rlhf_jax.losses."):
         if not module.name.rpartition(".")[-1].startswith("_"):
