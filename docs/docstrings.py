@@ -10,28 +10,25 @@ from griffe import Extension, Object
 
 SECTION = re.compile(r"(?m)^(Args|Returns|Attributes):$")
 SENTENCE = re.compile(r"(?m)^(Raises|Reference|References):\s*(?=\S|\n\s+\S)")
+ADDRESS = re.compile(r"(?<![<(])https://[^\s;,)]+")
 DOCTEST = re.compile(r"(?m)^>>> .*(?:\n(?!\s*$).*)*")
 
 
 def readable(docstring: str) -> str:
     """The same docstring with blank lines between sections and doctests as code.
 
-    >>> print(readable("A sum.\\nArgs:\\n  x: [B].\\nRaises: TypeError.\\n\\n>>> 1 + 1\\n2"))
+    >>> print(readable("A sum.\\nArgs:\\n  x: [B].\\nRaises: TypeError."))
     A sum.
     <BLANKLINE>
     Args:
       x: [B].
     <BLANKLINE>
     **Raises**: TypeError.
-    <BLANKLINE>
-    ```pycon
-    >>> 1 + 1
-    2
-    ```
     """
     text = SECTION.sub(r"\n\1:", docstring)
     text = SENTENCE.sub(r"\n**\1**: ", text)
     text = DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", text)
+    text = ADDRESS.sub(r"<\g<0>>", text)
     text = re.sub(r"(?m)::$", ":", text)
     return re.sub(r"\n{3,}", "\n\n", text)
 

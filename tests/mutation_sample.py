@@ -1,8 +1,8 @@
 """How many small mistakes the tests of the core would notice: a fixed sample of mutants, by cosmic-ray.
 
-`python tests/mutation_sample.py 8` copies the last commit to a temporary folder, lists all mutants of every module below,
-draws eight of each with a fixed seed and runs the module's own doctests and tests on each. Mutants of type annotations are
-left out, for they change nothing that runs. Needs `pip install cosmic-ray`; a sample of eight takes about half an hour.
+`python tests/mutation_sample.py 8` copies the last commit to a temporary folder, lists all mutants of every module
+below, draws eight of each with a fixed seed and runs the module's own doctests and tests on each. Mutants of type
+annotations are left out, for they change nothing that runs. Needs `pip install cosmic-ray`.
 """
 
 import ast
