@@ -91,7 +91,7 @@ def reliability(probabilities: np.ndarray, outcomes: np.ndarray, *, bins: int = 
     probabilities, outcomes = np.asarray(probabilities, np.float64), np.asarray(outcomes, np.float64)
     if probabilities.shape != outcomes.shape:
         raise ValueError(f"probabilities and outcomes must match, got {probabilities.shape} and {outcomes.shape}")
-    if probabilities.size and not (0 <= probabilities.min() and probabilities.max() <= 1):
+    if probabilities.size and not (probabilities.min() >= 0 and probabilities.max() <= 1):
         raise ValueError("probabilities must lie in [0, 1]")
     places = np.minimum((probabilities * bins).astype(int), bins - 1)
     chosen = [places == place for place in range(bins)]
