@@ -1,6 +1,7 @@
 """The command `rlhf-jax`: thin commands over the library."""
 
 import argparse
+import contextlib
 import os
 import sys
 from collections.abc import Sequence
@@ -97,7 +98,8 @@ def prepare_devices(wanted: int | None) -> int:
     if wanted is not None and wanted < 1:
         raise UserError(f"--devices must be at least 1, got {wanted}")
     cores = os.cpu_count() or 1
-    jax.config.update("jax_num_cpu_devices", wanted or min(2, cores))
+    with contextlib.suppress(RuntimeError):  # JAX runs already, as in a notebook: its devices stay as they are
+        jax.config.update("jax_num_cpu_devices", wanted or min(2, cores))
     jax.config.update("jax_compilation_cache_dir", str(cache_folder() / "compiled"))
     found = jax.device_count()
     if wanted is not None and wanted > found:

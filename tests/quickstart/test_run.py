@@ -148,7 +148,8 @@ def test_calibration_shows_each_pair_once():
     assert (low.observed, high.observed) == (0.0, 1.0)
 
 
-def test_the_command_line_speaks_in_sentences(capsys, tmp_path):
+def test_the_command_line_speaks_in_sentences(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     with pytest.raises(SystemExit):
         cli.main(["quickstart", "--sede", "1"])
     assert "unrecognized arguments: --sede" in capsys.readouterr().err
@@ -166,7 +167,8 @@ def test_an_old_jax_is_named(capsys, monkeypatch):
     assert "JAX 0.7 or newer is needed, and 0.4.30 is installed" in capsys.readouterr().err
 
 
-def test_a_file_that_cannot_be_written_is_named(capsys, tmp_path):
+def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch, tmp_path):
+    monkeypatch.setenv("RLHF_JAX_CACHE", str(tmp_path / "cache"))
     (tmp_path / "file").write_text("")
     assert cli.main(["quickstart", "--tiny", "--out", str(tmp_path / "file" / "run")]) == 2
     message = capsys.readouterr().err
