@@ -16,21 +16,21 @@ if TYPE_CHECKING:
 __all__ = ["Attention", "attend", "visible"]
 
 
-def visible(reach: Array, seen: Array, position: Array, seen_position: Array, window: int | None) -> Array:
+def visible(position: Array, seen: Array, seen_position: Array, reach: Array, window: int | None) -> Array:
     """Which slots each query sees: real ones, not after itself, and within the window.
 
     Args:
-      reach: [1, T, S] bool, slots that are not after the query.
-      seen: [B, S] bool, slots that hold a real token.
       position: [B, T] int positions of the queries.
+      seen: [B, S] bool, slots that hold a real token.
       seen_position: [B, S] int positions of the slots.
+      reach: [1, T, S] bool, slots that are not after the query.
       window: how many tokens are seen, the query's own included; None for all. Padding does not count.
     Returns:
       [B, T, S] bool. A query that would see nothing (padding) sees everything, so that its softmax and its gradient
       stay finite.
 
     >>> reach, row = jnp.tril(jnp.ones((1, 3, 3), bool)), jnp.arange(3)[None]
-    >>> visible(reach, jnp.ones((1, 3), bool), row, row, 2).astype(int)[0].tolist()
+    >>> visible(row, jnp.ones((1, 3), bool), row, reach, 2).astype(int)[0].tolist()
     [[1, 0, 0], [1, 1, 0], [0, 1, 1]]
     """
     allowed = reach & seen[:, None]
@@ -39,8 +39,17 @@ def visible(reach: Array, seen: Array, position: Array, seen_position: Array, wi
     return allowed | ~jnp.any(allowed, axis=-1, keepdims=True)
 
 
-def attend(query: Array, key: Array, value: Array, allowed: Array, *, scale: float, cap: float | None = None) -> Array:
-    """softmax(cap · tanh(scale · query · key / cap)) · value over the allowed slots; groups of heads share a key.
+def attend(
+    query: Array,
+    key: Array,
+    value: Array,
+    allowed: Array,
+    *,
+    scale: float,
+    cap: float | None = None,
+    bias: Array | None = None,
+) -> Array:
+    """softmax(cap · tanh(scale · query · key / cap) + bias) · value over allowed slots; groups of heads share a key.
 
     Args:
       query: [B, T, N, H].
@@ -49,12 +58,15 @@ def attend(query: Array, key: Array, value: Array, allowed: Array, *, scale: flo
       allowed: [B, T, S] bool.
       scale: multiplies the scores.
       cap: soft cap of the scores; None for none.
+      bias: [B, N, T, S] added to the scores; None for none. A soft cap and a bias exclude each other.
     Returns:
       [B, T, N, H] in the query's dtype; the softmax is taken in float32.
     Reference: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
     """
     if cap is None:
-        return jax.nn.dot_product_attention(query, key, value, mask=allowed[:, None], scale=scale)
+        return jax.nn.dot_product_attention(query, key, value, bias, allowed[:, None], scale=scale)
+    if bias is not None:
+        raise ValueError("attention scores take a soft cap or a bias, not both")
     grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
     scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
     scores = soft_cap(scores * scale, cap)
@@ -69,10 +81,18 @@ class Attention(nn.Module):
     config: "TransformerConfig"
 
     @nn.compact
-    def __call__(self, x: Array, turn: Rotation | None, allowed: Array, slot: tuple[Array, Array, Array] | None):
+    def __call__(
+        self,
+        x: Array,
+        turn: Rotation | None,
+        allowed: Array,
+        slot: tuple[Array, Array, Array] | None,
+        bias: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
         """x [B, T, D], allowed [B, T, S] bool -> output [B, T, D], keys, values [B, S, kv_heads, head_dim].
 
-        slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves.
+        slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves; bias
+        [B, heads, T, S] is added to the scores.
         """
         config = self.config
         project = lambda name, count: nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, name=name)(x).reshape(
@@ -89,9 +109,14 @@ class Attention(nn.Module):
             keys, values, start = slot
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
-        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
         mixed = attend(
-            query, key.astype(x.dtype), value.astype(x.dtype), allowed, scale=scale, cap=config.attention_soft_cap
+            query,
+            key.astype(x.dtype),
+            value.astype(x.dtype),
+            allowed,
+            scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
+            cap=config.attention_soft_cap,
+            bias=None if bias is None else bias.astype(x.dtype),
         )
         flat = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
         return nn.Dense(config.width, use_bias=config.out_bias, name="out")(flat), key, value

@@ -11,7 +11,7 @@ Hidden states and not logits come back, because [B, T, V] is what runs out of me
 `rlhf_jax.logprobs.head_log_probs`, or call `Transformer.logits` for the few positions that need all of V.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
@@ -41,6 +41,25 @@ class Cache(NamedTuple):
         """S, the number of slots."""
         return self.mask.shape[-1]
 
+    def extended(self, span: "Span", first: int, keys: Sequence[Array], values: Sequence[Array]) -> "Cache":
+        """The cache after layers first, first + 1, ... have written the tokens of `span`."""
+        stop = first + len(keys)
+        return Cache(
+            self.keys[:first] + tuple(keys) + self.keys[stop:],
+            self.values[:first] + tuple(values) + self.values[stop:],
+            span.seen,
+            self.length + span.position.shape[-1],
+        )
+
+
+class Span(NamedTuple):
+    """Where T new tokens stand among the S slots they may attend to."""
+
+    position: Array  # [B, T] int32, of the new tokens among their row's real tokens
+    seen: Array  # [B, S] bool, slots that hold a real token
+    seen_position: Array  # [B, S] int32
+    reach: Array  # [1, T, S] bool, slots that are not after the token
+
 
 class Output(NamedTuple):
     """What one call computes."""
@@ -59,6 +78,19 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, *, dtype: j
     shape = (batch, capacity, config.num_kv_heads, config.head_dim)
     empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(empty, empty, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
+
+
+def written(mask: Array, cache: Cache | None) -> Span:
+    """The new tokens of mask [B, T] by themselves, or behind the slots of a cache."""
+    tokens = mask.shape[-1]
+    if cache is None:
+        position = positions(mask)
+        return Span(position, mask, position, jnp.tril(jnp.ones((tokens, tokens), bool))[None])
+    seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.length, axis=1)
+    seen_position = positions(seen)
+    position = jax.lax.dynamic_slice_in_dim(seen_position, cache.length, tokens, axis=1)
+    new = cache.length + jnp.arange(tokens)
+    return Span(position, seen, seen_position, (jnp.arange(cache.capacity)[None] <= new[:, None])[None])
 
 
 def _check_length(config: TransformerConfig, slots: int) -> None:
@@ -89,11 +121,19 @@ class Block(nn.Module):
     sparse: bool = False
 
     @nn.compact
-    def __call__(self, x: Array, turn: Rotation | None, allowed: Array, slot: tuple[Array, Array, Array] | None):
+    def __call__(
+        self,
+        x: Array,
+        turn: Rotation | None,
+        allowed: Array,
+        slot: tuple[Array, Array, Array] | None,
+        bias: Array | None = None,
+    ) -> tuple[Array, Array, Array]:
+        """As `Attention`: output, keys and values."""
         config = self.config
         norm = lambda name: Norm(config.norm, config.norm_epsilon, config.norm_offset, name=name)
         after = lambda name, y: norm(name)(y) if config.post_norms else y
-        mixed, keys, values = Attention(config, name="attention")(norm("attention_norm")(x), turn, allowed, slot)
+        mixed, keys, values = Attention(config, name="attention")(norm("attention_norm")(x), turn, allowed, slot, bias)
         x = x + after("attention_post_norm", mixed)
         mlp = MixtureOfExperts(config, name="mlp") if self.sparse else MLP(config, name="mlp")
         return x + after("mlp_post_norm", mlp(norm("mlp_norm")(x))), keys, values
@@ -151,23 +191,14 @@ class Transformer(nn.Module):
         Raises:
           ValueError: more slots than the model has learned positions for.
         """
-        config, tokens = self.config, mask.shape[-1]
+        config = self.config
         stop = config.num_layers if last is None else last
-        if cache is None:
-            seen, seen_position = mask, positions(mask)
-            position = seen_position
-            reach = jnp.tril(jnp.ones((tokens, tokens), bool))[None]
-        else:
-            seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.length, axis=1)
-            seen_position = positions(seen)
-            position = jax.lax.dynamic_slice_in_dim(seen_position, cache.length, tokens, axis=1)
-            new = cache.length + jnp.arange(tokens)
-            reach = (jnp.arange(cache.capacity)[None] <= new[:, None])[None]
+        span = written(mask, cache)
         windows = {config.window(index) for index in range(first, stop)}
-        allowed = {window: visible(reach, seen, position, seen_position, window) for window in windows}
-        turns = {window: self._rotation(position, window) for window in windows}
+        allowed = {window: visible(*span, window) for window in windows}
+        turns = {window: self._rotation(span.position, window) for window in windows}
 
-        x = inputs if first else self._embed(inputs, mask, position)
+        x = inputs if first else self._embed(inputs, mask, span.position)
         tapped, keys, values = None, [], []
         for index in range(first, stop):
             if index == tap:
@@ -181,14 +212,7 @@ class Transformer(nn.Module):
             tapped = x
         if last is None:
             x = self.final_norm(x)
-        if cache is not None:
-            cache = Cache(
-                cache.keys[:first] + tuple(keys) + cache.keys[stop:],
-                cache.values[:first] + tuple(values) + cache.values[stop:],
-                seen,
-                cache.length + tokens,
-            )
-        return Output(x, tapped, cache)
+        return Output(x, tapped, None if cache is None else cache.extended(span, first, keys, values))
 
     def _embed(self, tokens: Array, mask: Array, position: Array) -> Array:
         """[B, T, D] activations entering layer 0."""

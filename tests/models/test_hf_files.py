@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.encoder_decoder import EncoderDecoder, EncoderDecoderConfig
 from rlhf_jax.models.huggingface import (
     FAMILIES,
     load_pretrained,
@@ -61,7 +62,18 @@ CONFIGS = {
 }  # fmt: skip
 
 
+SEQUENCES = {"num_encoder_layers": 2, "relative_buckets": 8, "relative_distance": 16}
+ENCODER_DECODERS = {
+    "t5": SEQUENCES | {"activation": "relu", "gated": False, "tie_embeddings": True, "scale_output": True},
+    "mt5": SEQUENCES,
+}
+EVERY = [*CONFIGS, *ENCODER_DECODERS]
+
+
 def config_of(name):
+    if name in ENCODER_DECODERS:
+        sizes = {key: value for key, value in SIZES.items() if key != "num_kv_heads"}
+        return EncoderDecoderConfig(**sizes | ENCODER_DECODERS[name], family=name)
     return TransformerConfig(**SIZES | CONFIGS[name], family=name, max_length=128)
 
 
@@ -101,20 +113,21 @@ def edit_config(folder, **entries):
 
 
 def test_every_family_is_covered():
-    assert CONFIGS.keys() == FAMILIES.keys()
+    assert set(EVERY) == FAMILIES.keys()
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_plan_names_every_parameter_of_the_decoder(name):
     config = config_of(name)
     ones = jnp.ones((1, 2), jnp.int32)
-    init = functools.partial(Transformer(config).init, method="initialise")
-    shapes = jax.eval_shape(init, jax.random.key(0), ones, ones > 0)["params"]
+    model, texts = (EncoderDecoder, 2) if name in ENCODER_DECODERS else (Transformer, 1)
+    init = functools.partial(model(config).init, method="initialise")
+    shapes = jax.eval_shape(init, jax.random.key(0), *(ones, ones > 0) * texts)["params"]
     leaves = jax.tree_util.tree_leaves_with_path(shapes)
     assert {tuple(e.key for e in path): leaf.shape for path, leaf in leaves} == param_shapes(tensor_plan(config))
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_there_and_back(name, tmp_path):
     config = config_of(name)
     assert read_config(write_config(config)) == config
@@ -128,11 +141,12 @@ def test_there_and_back(name, tmp_path):
     assert equal(params, again)
 
 
-@pytest.mark.parametrize("name", CONFIGS)
+@pytest.mark.parametrize("name", EVERY)
 def test_a_config_without_family_finds_one_that_computes_the_same(name):
     config = dataclasses.replace(config_of(name), family=None)
     found = read_config(write_config(config))
     assert dataclasses.replace(found, family=None) == config
+    assert type(found) is type(config)
 
 
 def test_windows_that_say_the_same_are_the_same_family():

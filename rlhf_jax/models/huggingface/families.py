@@ -9,15 +9,15 @@ from typing import Any
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.huggingface import configs
+from rlhf_jax.models.encoder_decoder import EncoderDecoderConfig
+from rlhf_jax.models.huggingface import configs, t5
 from rlhf_jax.models.huggingface.fields import Fields
 from rlhf_jax.models.huggingface.layouts import decoder_tensors, fused_tensors, gpt2_tensors
 from rlhf_jax.models.huggingface.tensors import Stored
 
 __all__ = ["FAMILIES", "Family", "family_of", "read_config", "tensor_plan", "write_config"]
 
-Read = Callable[[Fields], dict[str, Any]]
-Write = Callable[[TransformerConfig], dict[str, Any]]
+Config = TransformerConfig | EncoderDecoderConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,14 +26,15 @@ class Family:
 
     name: str  # model_type
     architecture: str  # the class that generates text
-    read: Read  # config.json -> fields of a TransformerConfig
-    write: Write  # TransformerConfig -> entries of config.json
-    tensors: Callable[[TransformerConfig], list[Stored]]
+    read: Callable[[Fields], dict[str, Any]]  # config.json -> fields of our config
+    write: Callable[[Any], dict[str, Any]]  # our config -> entries of config.json
+    tensors: Callable[[Any], list[Stored]]  # our config -> what is stored
     prefix: str = "model."  # of tensors of the model without its output table; some files leave it out
-    ignored: str = r"rotary_emb\.inv_freq$"  # stored buffers that are no parameters
+    ignored: str = r"rotary_emb\.inv_freq$"  # stored tensors that are no parameters
+    config_class: type = TransformerConfig
 
 
-def read_config(values: Mapping[str, Any], source: str = "config.json") -> TransformerConfig:
+def read_config(values: Mapping[str, Any], source: str = "config.json") -> Config:
     """The decoder's shape from the entries of a `config.json`.
 
     Args:
@@ -55,12 +56,12 @@ def read_config(values: Mapping[str, Any], source: str = "config.json") -> Trans
     fields.refuse("quantization_config")
     found = FAMILIES[name].read(fields)
     try:
-        return TransformerConfig(**found, family=name)
+        return FAMILIES[name].config_class(**found, family=name)
     except ValueError as error:
         raise UserError(f"{source} describes a decoder that cannot be: {error}") from None
 
 
-def write_config(config: TransformerConfig) -> dict[str, Any]:
+def write_config(config: Config) -> dict[str, Any]:
     """The entries of a `config.json` that `read_config` turns into the same config.
 
     Raises: UserError if no family has all that the config asks for.
@@ -69,7 +70,7 @@ def write_config(config: TransformerConfig) -> dict[str, Any]:
     return {"model_type": family.name, "architectures": [family.architecture]} | family.write(config)
 
 
-def family_of(config: TransformerConfig) -> Family:
+def family_of(config: Config) -> Family:
     """The family named by the config, or the first that can express it.
 
     Raises: UserError with the fields that the closest family would lose.
@@ -84,22 +85,25 @@ def family_of(config: TransformerConfig) -> Family:
     return FAMILIES[closest]
 
 
-def _lost(family: Family, config: TransformerConfig) -> list[str]:
+def _lost(family: Family, config: Config) -> list[str]:
     """What would be another if the config were written as this family and read again."""
-    windows = configs.cycle_of([config.window(layer) for layer in range(config.num_layers)])
-    wanted = dataclasses.replace(config, family=family.name, windows=windows)
+    if not isinstance(config, family.config_class):
+        return [f"{type(config).__name__} to {family.config_class.__name__}"]
+    wanted = dataclasses.replace(config, family=family.name)
+    if isinstance(wanted, TransformerConfig):
+        windows = configs.cycle_of([wanted.window(layer) for layer in range(wanted.num_layers)])
+        wanted = dataclasses.replace(wanted, windows=windows)
     try:
         values = family.write(config)
-        found = TransformerConfig(**family.read(Fields(values, family.name)), family=family.name)
+        found = family.config_class(**family.read(Fields(values, family.name)), family=family.name)
     except (UserError, ValueError, KeyError) as error:
         return [str(error)]
-    pairs = (
-        (field.name, getattr(wanted, field.name), getattr(found, field.name)) for field in dataclasses.fields(config)
-    )
+    names = [field.name for field in dataclasses.fields(wanted)]
+    pairs = ((name, getattr(wanted, name), getattr(found, name)) for name in names)
     return [f"{name} from {ours!r} to {theirs!r}" for name, ours, theirs in pairs if ours != theirs]
 
 
-def tensor_plan(config: TransformerConfig) -> list[Stored]:
+def tensor_plan(config: Config) -> list[Stored]:
     """Every tensor of such a model, in the order of its layers."""
     family = family_of(config)
     return family.tensors(dataclasses.replace(config, family=family.name))
@@ -127,6 +131,19 @@ FAMILIES: dict[str, Family] = {
             gpt2_tensors,
             prefix="transformer.",
             ignored=r"\.attn\.(bias|masked_bias)$",
+        ),
+        *(
+            Family(
+                name,
+                f"{name.upper()}ForConditionalGeneration",
+                read,
+                t5.write_t5,
+                t5.t5_tensors,
+                prefix="",
+                ignored=r"^(encoder|decoder)\.embed_tokens\.weight$|EncDecAttention\.relative_attention_bias\.weight$",
+                config_class=EncoderDecoderConfig,
+            )
+            for name, read in (("t5", t5.read_t5), ("mt5", t5.read_mt5))
         ),
     )
 }

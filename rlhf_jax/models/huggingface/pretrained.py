@@ -14,8 +14,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.huggingface.families import read_config, tensor_plan, write_config
+from rlhf_jax.models.huggingface.families import Config, read_config, tensor_plan, write_config
 from rlhf_jax.models.huggingface.safetensors import write_safetensors
 from rlhf_jax.models.huggingface.tensors import (
     Stored,
@@ -25,7 +24,15 @@ from rlhf_jax.models.huggingface.tensors import (
     pieces_of,
     tensors_from_params,
 )
-from rlhf_jax.models.huggingface.weights import INDEX, SINGLE, complain, open_weights, read_json
+from rlhf_jax.models.huggingface.weights import (
+    INDEX,
+    SINGLE,
+    check_tensors,
+    complain,
+    open_weights,
+    read_json,
+    settle,
+)
 
 __all__ = ["check_vocabulary", "load_pretrained", "save_pretrained"]
 
@@ -53,8 +60,8 @@ def load_pretrained(
     sharding: Placement | None = None,
     dtype: DTypeLike | None = None,
     check_tokenizer: bool = True,
-) -> tuple[TransformerConfig, dict[str, Any]]:
-    """Loads a decoder from a folder as Hugging Face writes them.
+) -> tuple[Any, dict[str, Any]]:
+    """Loads a model from a folder as Hugging Face writes them.
 
     Files are memory-mapped and parameters placed one after the other: host memory holds one at a time, and of that only
     the parts that this process's devices need.
@@ -67,7 +74,8 @@ def load_pretrained(
       dtype: of the parameters; None keeps what is stored.
       check_tokenizer: compares the ids of `tokenizer.json`, if there is one, with the embedding (`check_vocabulary`).
     Returns:
-      (config, params): `Transformer(config).apply({"params": params}, ...)` is the model.
+      (config, params): a `TransformerConfig`, so that `Transformer(config).apply({"params": params}, ...)` runs it,
+      or, for T5, an `EncoderDecoderConfig` for `EncoderDecoder`.
     Raises:
       UserError: an unknown architecture, a file that is missing, damaged or a pickle, a tensor that is missing, left
         over or of another shape, or a tokenizer with ids beyond the embedding.
@@ -76,8 +84,10 @@ def load_pretrained(
     config = read_config(read_json(folder / "config.json"), str(folder / "config.json"))
     if check_tokenizer:
         check_vocabulary(folder, config)
+    read = open_weights(folder, config)
+    config = settle(config, read)
     plan = tensor_plan(config)
-    read = open_weights(folder, config, plan)
+    check_tensors(folder, config, plan, read)
     sources = pieces_of(plan)
     tree: dict[str, Any] = {}
     for path, shape in param_shapes(plan).items():
@@ -103,7 +113,7 @@ def _places(sharding: Placement | None, tree: dict[str, Any]) -> Any:
 
 def save_pretrained(
     folder: Folder,
-    config: TransformerConfig,
+    config: Config,
     params: Mapping[str, Any],
     *,
     like: Folder | None = None,
@@ -187,7 +197,7 @@ def _take_over(source: Path, folder: Path, entries: dict[str, Any]) -> dict[str,
     return extra | entries
 
 
-def check_vocabulary(folder: Folder, config: TransformerConfig) -> None:
+def check_vocabulary(folder: Folder, config: Config) -> None:
     """Compares the ids of `tokenizer.json` with the rows of the embedding; larger embeddings are common and fine.
 
     Raises: UserError that names ids beyond the embedding: they would be read as other tokens.

@@ -1,20 +1,21 @@
 """The stored tensors of a folder: found, opened, and compared with what the config asks for."""
 
+import dataclasses
 import json
 import re
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from rlhf_jax.errors import UserError
-from rlhf_jax.models.config import TransformerConfig
-from rlhf_jax.models.huggingface.families import Family, family_of
+from rlhf_jax.models.encoder_decoder import EncoderDecoderConfig
+from rlhf_jax.models.huggingface.families import Config, family_of, tensor_plan
 from rlhf_jax.models.huggingface.safetensors import SafetensorsFile
 from rlhf_jax.models.huggingface.tensors import Stored
 
-__all__ = ["INDEX", "SINGLE", "Weights", "complain", "open_weights", "read_json"]
+__all__ = ["INDEX", "SINGLE", "Weights", "check_tensors", "complain", "open_weights", "read_json", "settle"]
 
 SINGLE = "model.safetensors"
 INDEX = "model.safetensors.index.json"
@@ -42,15 +43,24 @@ class Weights:
         return file[own]
 
 
-def open_weights(folder: Path, config: TransformerConfig, plan: Sequence[Stored]) -> Weights:
+def open_weights(folder: Path, config: Config) -> Weights:
+    """Opens every file of a folder; names that lack the family's prefix get it."""
     family = family_of(config)
     files = [SafetensorsFile(path) for path in _weight_files(folder)]
     bare = not any(name.startswith(family.prefix) for file in files for name in file.keys())  # noqa: SIM118
-    planned = {stored.name: stored.shape for stored in plan}
+    planned = {stored.name for stored in tensor_plan(config)}
     prefixed = lambda name: family.prefix + name if bare and family.prefix + name in planned else name
-    weights = Weights(files, prefixed)
-    _check_tensors(folder, family, config, planned, weights)
-    return weights
+    return Weights(files, prefixed)
+
+
+def settle(config: Config, weights: Weights) -> Config:
+    """The config with what only the weights tell.
+
+    Newer files of a T5 1.1 say that the output table is the embedding, although they store another one.
+    """
+    if isinstance(config, EncoderDecoderConfig) and config.tie_embeddings and not config.scale_output:
+        return dataclasses.replace(config, tie_embeddings="lm_head.weight" not in weights.names())
+    return config
 
 
 def _weight_files(folder: Path) -> list[Path]:
@@ -75,10 +85,14 @@ def _weight_files(folder: Path) -> list[Path]:
     raise UserError(f"{folder} has no weights: expected {SINGLE} or {INDEX}, found {found}")
 
 
-def _check_tensors(
-    folder: Path, family: Family, config: TransformerConfig, planned: Mapping[str, tuple[int, ...]], weights: Weights
-) -> None:
+def check_tensors(folder: Path, config: Config, plan: Sequence[Stored], weights: Weights) -> None:
+    """Compares names and shapes with the plan.
+
+    Raises: UserError that lists what is missing, left over or of another shape.
+    """
+    family = family_of(config)
     ignored = re.compile(family.ignored)
+    planned = {stored.name: stored.shape for stored in plan}
     tied = {"lm_head.weight"} if config.tie_embeddings else set()
     found = {name for name in weights.names() if name in planned or (not ignored.search(name) and name not in tied)}
     shapes = [
