@@ -1,46 +1,47 @@
 """How many small mistakes the tests of the core would notice: a fixed sample of mutants, by cosmic-ray.
 
 `python tests/mutation_sample.py 8` copies the last commit to a temporary folder, lists all mutants of every module
-below, draws eight of each with a fixed seed and runs the module's own doctests and tests on each. Mutants of type
-annotations are left out, for they change nothing that runs. Needs `pip install cosmic-ray`.
+below, draws eight of each with a fixed seed and runs the module's own doctests and tests on each, in one process per
+module so that nothing is compiled twice. Mutants of annotations are left out, for they change nothing that runs. Needs
+`pip install cosmic-ray`.
 """
 
 import ast
+import contextlib
+import io
+import json
+import os
 import pathlib
 import random
+import signal
 import subprocess
 import sys
 import tempfile
 
-SEED = 0
+SEED, SECONDS = 0, 180
 MODULES = {
-    "masking.py": "test_masking.py",
-    "logprobs.py": "test_logprobs.py",
-    "kl.py": "test_kl.py",
-    "advantages.py": "test_advantages.py",
-    "returns.py": "test_advantages.py",
-    "group_advantages.py": "test_group_advantages.py",
-    "losses/policy.py": "losses/test_policy.py",
-    "losses/sequence_policy.py": "losses/test_sequence_policy.py",
-    "losses/preference.py": "losses/test_preference.py",
-    "losses/unpaired_preference.py": "losses/test_unpaired_preference.py",
-    "losses/reward_model.py": "losses/test_reward_model.py",
-    "losses/value.py": "losses/test_value.py",
-    "losses/distillation.py": "losses/test_distillation.py",
-    "losses/feedback.py": "losses/test_feedback.py",
+    "masking.py": ["test_masking.py"],
+    "logprobs.py": ["test_logprobs.py"],
+    "vocabulary_chunks.py": ["test_vocabulary_chunks.py"],
+    "kl.py": ["test_kl.py"],
+    "advantages.py": ["test_advantages.py"],
+    "returns.py": ["test_advantages.py"],
+    "group_advantages.py": ["test_group_advantages.py"],
+    "losses/policy.py": ["losses/test_policy.py"],
+    "losses/sequence_policy.py": ["losses/test_sequence_policy.py"],
+    "losses/regression_policy.py": ["losses/test_regression_policy.py"],
+    "losses/preference.py": ["losses/test_preference.py"],
+    "losses/unpaired_preference.py": ["losses/test_unpaired_preference.py"],
+    "losses/reward_model.py": ["losses/test_reward_model.py"],
+    "losses/value.py": ["losses/test_value.py"],
+    "losses/distillation.py": ["losses/test_distillation.py"],
+    "losses/human_distillation.py": ["losses/test_human_distillation.py"],
+    "losses/feedback.py": ["losses/test_feedback.py"],
 }
-CONFIG = """[cosmic-ray]
-module-path = "rlhf_jax/{module}"
-timeout = 300.0
-excluded-modules = []
-test-command = "{python} -m pytest -q -x -p no:cacheprovider rlhf_jax/{module} tests/{tests}"
-[cosmic-ray.distributor]
-name = "local"
-"""
 
 
-def runs(source: str) -> set[int]:
-    """Lines that hold code that runs: neither annotations of signatures nor docstrings nor `__all__`."""
+def lines_that_run(source: str) -> set[int]:
+    """Lines inside functions, without their signatures and docstrings."""
     lines: set[int] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.FunctionDef):
@@ -49,43 +50,84 @@ def runs(source: str) -> set[int]:
     return lines
 
 
-def survivors(folder: pathlib.Path, module: str, count: int) -> tuple[int, list[str]]:
-    """How many mutants of a module were tried, and the differences of those that no test noticed."""
+def sample(module: pathlib.Path, count: int) -> list:
+    """Some of a module's mutants, always the same."""
+    from cosmic_ray.commands.init import init
     from cosmic_ray.work_db import WorkDB, use_db
 
-    config, session = folder / "mutation.toml", folder / f"{module.replace('/', '-')}.sqlite"
-    config.write_text(CONFIG.format(module=module, python=sys.executable, tests=MODULES[module]))
-    command = [sys.executable, "-m", "cosmic_ray.cli"]
-    subprocess.run([*command, "init", config.name, session.name], cwd=folder, check=True)
-    code = runs((folder / "rlhf_jax" / module).read_text())
-    with use_db(session, WorkDB.Mode.open) as database:
-        items = sorted(database.work_items, key=lambda item: repr(item.mutations))
-        items = [item for item in items if item.mutations[0].start_pos[0] in code]
-        chosen = random.Random(SEED).sample(items, min(count, len(items)))
-        database.clear()
-        database.add_work_items(chosen)
-    subprocess.run([*command, "exec", config.name, session.name], cwd=folder, check=True)
-    with use_db(session, WorkDB.Mode.open) as database:
-        results = [result for _, result in database.results]
-    return len(results), [result.diff or "" for result in results if not result.is_killed]
+    code = lines_that_run(module.read_text())
+    with tempfile.TemporaryDirectory() as folder, use_db(f"{folder}/session.sqlite", WorkDB.Mode.create) as database:
+        init([module], database, {})
+        mutants = [item.mutations[0] for item in database.work_items]
+    mutants = sorted((m for m in mutants if m.start_pos[0] in code), key=repr)
+    return random.Random(SEED).sample(mutants, min(count, len(mutants)))
+
+
+def tests_pass(paths: list[str]) -> bool:
+    """Whether the tests pass in this process, with the package imported anew."""
+    import pytest
+
+    for name in list(sys.modules):
+        if name.split(".")[0] in ("rlhf_jax", "conftest") or name.startswith("test_"):
+            del sys.modules[name]
+
+    def stop(*_):
+        raise TimeoutError
+
+    signal.signal(signal.SIGALRM, stop)
+    signal.alarm(SECONDS)
+    try:
+        with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
+            return pytest.main(["-q", "-x", "-p", "no:cacheprovider", *paths]) == 0
+    except TimeoutError:
+        return False
+    finally:
+        signal.alarm(0)
+
+
+def examine(name: str, count: int) -> None:
+    """Tries a module's mutants where the process stands and prints the result as JSON."""
+    import cosmic_ray.plugins
+    from cosmic_ray.mutating import use_mutation
+
+    sys.dont_write_bytecode = True
+    sys.path.insert(0, os.getcwd())
+    module = pathlib.Path("rlhf_jax") / name
+    paths = [str(module), *(f"tests/{test}" for test in MODULES[name])]
+    if not tests_pass(paths):
+        raise SystemExit(f"the tests of {name} fail without any mutant")
+    tried, survivors = 0, []
+    for mutant in sample(module, count):
+        operator = cosmic_ray.plugins.get_operator(mutant.operator_name)(**mutant.operator_args)
+        with use_mutation(module, operator, mutant.occurrence) as (before, after):
+            if after is not None:
+                tried += 1
+                if tests_pass(paths):
+                    row = mutant.start_pos[0] - 1
+                    survivors.append([row + 1, before.splitlines()[row].strip(), after.splitlines()[row].strip()])
+    print(json.dumps([tried, survivors]))
 
 
 def main(count: int, modules: list[str]) -> None:
     """Prints a line per module, the surviving mutants, and the score."""
     root = pathlib.Path(__file__).parents[1]
-    tried = alive = 0
-    with tempfile.TemporaryDirectory() as name:
-        folder = pathlib.Path(name)
+    total = alive = 0
+    with tempfile.TemporaryDirectory() as folder:
         archive = subprocess.run(["git", "archive", "HEAD"], cwd=root, check=True, capture_output=True).stdout
         subprocess.run(["tar", "-x"], cwd=folder, input=archive, check=True)
         for module in modules or MODULES:
-            total, survived = survivors(folder, module, count)
-            tried, alive = tried + total, alive + len(survived)
-            print(f"{module}: {total - len(survived)} of {total} mutants noticed", flush=True)
-            for difference in survived:
-                print(difference, flush=True)
-    print(f"score {100 * (tried - alive) / tried:.0f} % of {tried} mutants")
+            command = [sys.executable, __file__, "--examine", module, str(count)]
+            output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+            tried, survivors = json.loads(output.splitlines()[-1])
+            total, alive = total + tried, alive + len(survivors)
+            print(f"{module}: {tried - len(survivors)} of {tried} noticed", flush=True)
+            for line, before, after in survivors:
+                print(f"  {module}:{line}\n    - {before}\n    + {after}", flush=True)
+    print(f"score: {100 * (total - alive) / total:.0f} % of {total} mutants")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 8, sys.argv[2:])
+    if sys.argv[1:2] == ["--examine"]:
+        examine(sys.argv[2], int(sys.argv[3]))
+    else:
+        main(int(sys.argv[1]) if len(sys.argv) > 1 else 8, sys.argv[2:])

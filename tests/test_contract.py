@@ -482,7 +482,7 @@ row(
         "teacher_log_probs": lambda rng, shape: np.log(rng.uniform(0.1, 0.4, shape)),
     },
 )
-row(distillation.kickstarting, "B B :positive -> B", "step", static={"weight": lambda step: jnp.float32(0.5) * step})
+row(distillation.kickstarting, "B B :positive -> B", static={"weight": lambda step: jnp.float32(0.5) * step})
 HEADS, TEACHERS = "BTD VD BTE VE", "teacher_hidden teacher_table"
 for divergence in (
     head_divergences.head_forward_kl,
@@ -525,7 +525,7 @@ row(feedback.human_returns, "BT BT:mask -> BT", "feedback")
 row(feedback.shift_feedback, "BT BT:mask -> BT", static={"delay": 2}, skip=SELECTS)
 row(feedback.advise_log_probs, "BV -> BV", "labels", knobs={"consistency": (0.5, 0.8)})
 row(feedback.shape_policy, "BV BV -> BV", "labels", knobs={"consistency": (0.5, 0.8)})
-row(tamer.uniform_delay, "B -> B")
+row(tamer.uniform_delay, "B -> B", draws={"delay": lambda rng, shape: rng.uniform(0.1, 0.7, shape)})
 row(tamer.gamma_delay, "B -> B")
 row(tamer.tamer, "BT BFT:unit BT:mask BF -> BF", "credit feedback", sizes={"F": 3})
 row(tamer.deep_tamer, "BT BFT:unit BT:mask BF -> BFT", "credit feedback", sizes={"F": 3})
