@@ -24,7 +24,7 @@ BIASED: dict[str, Callable[[], jax.Array]] = {
     "conservative DPO on clean labels": lambda: pairs(
         lambda *x: preference.conservative_dpo(*x, beta=BETA, label_smoothing=0.2), OPTIMUM
     ),
-    "IPO": lambda: pairs(lambda *x: preference.ipo_sum(*x, beta=BETA), OPTIMUM),
+    "IPO, against the optimum of the reward": lambda: pairs(lambda *x: preference.ipo_sum(*x, beta=BETA), OPTIMUM),
     "plain distillation": lambda: distilled(
         lambda table, old, step: jnp.sum(distillation.soft_cross_entropy(table, TEACHER)), HUMAN_OPTIMUM
     ),
