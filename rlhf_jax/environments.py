@@ -145,7 +145,7 @@ def gymnax(name: str) -> Environment:
     Raises: UserError if gymnax or its own dependency six is not installed, or it has no such game.
     """
     try:
-        import gymnax as package
+        import gymnax as package  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "gymnax", "games", f"play {name}") from error
     try:
@@ -172,7 +172,7 @@ def pgx(name: str, *, time_limit: int = 1000) -> Environment:
     Raises: UserError if pgx is not installed or has no such game; ValueError if it is for several players.
     """
     try:
-        import pgx as package
+        import pgx as package  # pyright: ignore[reportMissingImports]
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "pgx", "games", f"play {name}") from error
     if name not in package.available_envs():

@@ -77,7 +77,7 @@ def return_threshold(
     >>> round(float(return_threshold(0.1, jnp.array(200.0), segment=50, episode=500)), 3)
     2.0
     """
-    return fraction * mean_episode_return * (jnp.asarray(segment, jnp.float32) / episode)
+    return jnp.asarray(fraction * mean_episode_return * (jnp.asarray(segment, jnp.float32) / episode))
 
 
 def compare(

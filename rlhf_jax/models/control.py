@@ -5,7 +5,7 @@ Observations are vectors [..., D], or boards [..., H, W, C] that are flattened. 
 """
 
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,6 +52,10 @@ class PolicyValueNet(nn.Module):
     hidden: Sequence[int] = (64, 64)
     rank: int = 1  # axes of one observation
 
+    if TYPE_CHECKING:  # Linen cannot say that without mutable collections `apply` returns what the method does
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
     @nn.compact
     def __call__(self, observations: Array) -> PolicyValue:
         """observations [..., *shape] -> PolicyValue."""
@@ -86,11 +90,11 @@ class StepScore(nn.Module):
         return nn.tanh(nn.Dense(1, name="score")(_torso(x, self.hidden, "torso"))[..., 0])
 
 
-def actor_critic(network: nn.Module) -> Callable[[Any, ActionInputs], ActorCritic]:
+def actor_critic(network: PolicyValueNet) -> Callable[[Any, ActionInputs], ActorCritic]:
     """`apply_fn` of `algorithms.actor_critic` for a network that returns `PolicyValue`."""
 
     def apply(params: Any, inputs: ActionInputs) -> ActorCritic:
-        logits, values = network.apply({"params": params}, inputs.observations)  # pyright: ignore[reportGeneralTypeIssues]
+        logits, values = network.apply({"params": params}, inputs.observations)
         log_probs = jax.nn.log_softmax(logits)
         taken = jnp.take_along_axis(log_probs, inputs.actions[..., None], axis=-1)[..., 0]
         return ActorCritic(taken, values, -jnp.sum(jnp.exp(log_probs) * log_probs, axis=-1))
@@ -98,14 +102,14 @@ def actor_critic(network: nn.Module) -> Callable[[Any, ActionInputs], ActorCriti
     return apply
 
 
-def distilled(network: nn.Module, *, temperature: ArrayLike = 1.0) -> Callable[[Any, ActionInputs], Distilled]:
+def distilled(network: PolicyValueNet, *, temperature: ArrayLike = 1.0) -> Callable[[Any, ActionInputs], Distilled]:
     """`apply_fn` of `algorithms.policy_distillation`; `inputs.teacher_logits` are the soft targets, stopped."""
 
     def apply(params: Any, inputs: ActionInputs) -> Distilled:
         teacher_logits = inputs.teacher_logits
         if teacher_logits is None:
             raise ValueError("inputs.teacher_logits must hold the teacher's logits [B, T, A], got None")
-        logits, _ = network.apply({"params": params}, inputs.observations)  # pyright: ignore[reportGeneralTypeIssues]
+        logits, _ = network.apply({"params": params}, inputs.observations)
         taken = jnp.take_along_axis(jax.nn.log_softmax(logits), inputs.actions[..., None], axis=-1)[..., 0]
         soft = soft_cross_entropy(logits, teacher_logits, temperature=temperature)
         return Distilled(soft, taken, soft_cross_entropy(teacher_logits, teacher_logits, temperature=temperature))
