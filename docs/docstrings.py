@@ -11,7 +11,20 @@ from griffe import Extension, Object
 SECTION = re.compile(r"(?m)^(Args|Returns|Attributes):$")
 SENTENCE = re.compile(r"(?m)^(Raises|Reference|References):\s*(?=\S|\n\s+\S)")
 ADDRESS = re.compile(r"(?<![<(])https://[^\s;,)]+")
+TABLE = re.compile(r"(?m)^(=+(?: +=+)+)\n((?:.+\n)+?)\1\n((?:.+\n)+?)\1$")
 DOCTEST = re.compile(r"(?m)^>>> .*(?:\n(?!\s*$).*)*")
+
+
+def table(match: re.Match[str]) -> str:
+    """A simple table of reStructuredText as one of Markdown."""
+    starts = [column.start() for column in re.finditer("=+", match[1])]
+    ends = [*starts[1:], None]
+
+    def cells(line: str) -> str:
+        return "| " + " | ".join(line[i:j].strip() for i, j in zip(starts, ends, strict=True)) + " |"
+
+    rows = [cells(line) for line in (*match[2].splitlines(), *match[3].splitlines())]
+    return "\n".join([rows[0], "| " + " | ".join("---" for _ in starts) + " |", *rows[1:]])
 
 
 def readable(docstring: str) -> str:
@@ -28,6 +41,7 @@ def readable(docstring: str) -> str:
     text = SECTION.sub(r"\n\1:", docstring)
     text = SENTENCE.sub(r"\n**\1**: ", text)
     text = DOCTEST.sub(lambda match: f"```pycon\n{match[0]}\n```", text)
+    text = TABLE.sub(table, text)
     text = ADDRESS.sub(r"<\g<0>>", text)
     text = re.sub(r"(?m)::$", ":", text)
     return re.sub(r"\n{3,}", "\n\n", text)
