@@ -17,8 +17,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 
-SEED, SECONDS = 0, 180
+SEED = 0
 MODULES = {
     "masking.py": ["test_masking.py"],
     "logprobs.py": ["test_logprobs.py"],
@@ -63,8 +64,8 @@ def sample(module: pathlib.Path, count: int) -> list:
     return random.Random(SEED).sample(mutants, min(count, len(mutants)))
 
 
-def tests_pass(paths: list[str]) -> bool:
-    """Whether the tests pass in this process, with the package imported anew."""
+def tests_pass(paths: list[str], seconds: float = 0) -> bool:
+    """Whether the tests pass in this process, with the package imported anew, within a time if one is given."""
     import pytest
 
     for name in list(sys.modules):
@@ -75,14 +76,14 @@ def tests_pass(paths: list[str]) -> bool:
         raise TimeoutError
 
     signal.signal(signal.SIGALRM, stop)
-    signal.alarm(SECONDS)
+    signal.setitimer(signal.ITIMER_REAL, seconds)
     try:
         with contextlib.redirect_stdout(io.StringIO()), contextlib.redirect_stderr(io.StringIO()):
             return pytest.main(["-q", "-x", "-p", "no:cacheprovider", *paths]) == 0
     except TimeoutError:
         return False
     finally:
-        signal.alarm(0)
+        signal.setitimer(signal.ITIMER_REAL, 0)
 
 
 def examine(name: str, count: int) -> None:
@@ -94,15 +95,17 @@ def examine(name: str, count: int) -> None:
     sys.path.insert(0, os.getcwd())
     module = pathlib.Path("rlhf_jax") / name
     paths = [str(module), *(f"tests/{test}" for test in MODULES[name])]
+    start = time.monotonic()
     if not tests_pass(paths):
         raise SystemExit(f"the tests of {name} fail without any mutant")
+    patience = 60 + 5 * (time.monotonic() - start)
     tried, survivors = 0, []
     for mutant in sample(module, count):
         operator = cosmic_ray.plugins.get_operator(mutant.operator_name)(**mutant.operator_args)
         with use_mutation(module, operator, mutant.occurrence) as (before, after):
             if after is not None:
                 tried += 1
-                if tests_pass(paths):
+                if tests_pass(paths, patience):
                     row = mutant.start_pos[0] - 1
                     survivors.append([row + 1, before.splitlines()[row].strip(), after.splitlines()[row].strip()])
     print(json.dumps([tried, survivors]))
@@ -117,7 +120,7 @@ def main(count: int, modules: list[str]) -> None:
         subprocess.run(["tar", "-x"], cwd=folder, input=archive, check=True)
         for module in modules or MODULES:
             command = [sys.executable, __file__, "--examine", module, str(count)]
-            output = subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout
+            output = subprocess.run(command, cwd=folder, check=True, stdout=subprocess.PIPE, text=True).stdout
             tried, survivors = json.loads(output.splitlines()[-1])
             total, alive = total + tried, alive + len(survivors)
             print(f"{module}: {tried - len(survivors)} of {tried} noticed", flush=True)
