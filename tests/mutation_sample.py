@@ -64,7 +64,7 @@ def sample(module: pathlib.Path, count: int) -> list:
     return random.Random(SEED).sample(mutants, min(count, len(mutants)))
 
 
-def tests_pass(paths: list[str], seconds: float = 0) -> bool:
+def passes(paths: list[str], seconds: float = 0) -> bool:
     """Whether the tests pass in this process, with the package imported anew, within a time if one is given."""
     import pytest
 
@@ -96,7 +96,7 @@ def examine(name: str, count: int) -> None:
     module = pathlib.Path("rlhf_jax") / name
     paths = [str(module), *(f"tests/{test}" for test in MODULES[name])]
     start = time.monotonic()
-    if not tests_pass(paths):
+    if not passes(paths):
         raise SystemExit(f"the tests of {name} fail without any mutant")
     patience = 60 + 5 * (time.monotonic() - start)
     tried, survivors = 0, []
@@ -105,7 +105,7 @@ def examine(name: str, count: int) -> None:
         with use_mutation(module, operator, mutant.occurrence) as (before, after):
             if after is not None:
                 tried += 1
-                if tests_pass(paths, patience):
+                if passes(paths, patience):
                     row = mutant.start_pos[0] - 1
                     survivors.append([row + 1, before.splitlines()[row].strip(), after.splitlines()[row].strip()])
     print(json.dumps([tried, survivors]))
