@@ -68,8 +68,8 @@ class PolicyValueNet(nn.Module):
 class StepScore(nn.Module):
     """A score in (-1, 1) for a step; tanh keeps a learned reward bounded (as in PEBBLE).
 
-    With `filters` a board [..., H, W, C] is read by a 3x3 convolution summed over the board, so that what is learned
-    about one square holds for all; without, everything is flattened.
+    With `filters` a board [..., H, W, C] is read square by square, what was there and how it changed, and summed over
+    the board, so that what is learned about one square holds for all; without, everything is flattened.
     """
 
     actions: int
@@ -82,8 +82,7 @@ class StepScore(nn.Module):
         """observations before and outcomes after the action [..., *shape], actions [...] int32 -> [...] float32."""
         seen = jnp.concatenate([observations, outcomes - observations], axis=-1).astype(jnp.float32)
         if self.filters:
-            board = nn.Conv(self.filters, (3, 3), name="board")(seen.reshape(-1, *seen.shape[-3:]))
-            seen = jnp.sum(nn.relu(board), axis=(1, 2)).reshape(*seen.shape[:-3], -1)
+            seen = jnp.sum(nn.relu(nn.Dense(self.filters, name="square")(seen)), axis=(-3, -2))
         else:
             seen = _flat(seen, self.rank)
         x = jnp.concatenate([seen, jax.nn.one_hot(actions, self.actions)], axis=-1)
