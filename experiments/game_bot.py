@@ -37,8 +37,7 @@ import optax
 from jax import Array
 
 from rlhf_jax import ensembles, environments, masking
-from rlhf_jax.algorithms import feedback_control, policy_distillation
-from rlhf_jax.algorithms.feedback_control import Learner, acting, cut, learn, networks
+from rlhf_jax.algorithms import policy_distillation
 from rlhf_jax.environments import Environment, Trajectory
 from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import teachers
@@ -46,13 +45,15 @@ from rlhf_jax.losses import feedback as coaching
 from rlhf_jax.losses import human_distillation, tamer
 from rlhf_jax.models import control
 from rlhf_jax.quickstart.report import Plot, Report, Result, Series, StageTime, write_report
+from rlhf_jax.recipes import preference_control
+from rlhf_jax.recipes.preference_control import Learner, acting, cut, learn, networks
 from rlhf_jax.training.metrics import MetricsWriter
 
 PARTS = ("cartpole", "tamer", "coach", "breakout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(feedback_control.Config):
+class Config(preference_control.Config):
     """All numbers of a run, and its flags."""
 
     seed: int = 0

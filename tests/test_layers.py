@@ -31,7 +31,7 @@ FLOORS = (
     {"losses", "models"},
     {"generation", "feedback", "data", "training", "testing", "debug", "environments"},
     {"algorithms"},
-    {"quickstart"},
+    {"quickstart", "recipes"},
     {"cli", "__main__"},
 )
 FLOOR = {name: number for number, names in enumerate(FLOORS) for name in names}

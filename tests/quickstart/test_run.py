@@ -109,7 +109,9 @@ def test_figures_are_what_they_are_called(finished):
             assert 0 <= opinion["low"] <= opinion["rate"] <= opinion["high"] <= 1
 
 
-@pytest.mark.parametrize(("stage", "step"), [("AC-HF", 3), ("PD with human reward", 2)])
+@pytest.mark.parametrize(
+    ("stage", "step"), [("AC-HF", 3), pytest.param("PD with human reward", 2, marks=pytest.mark.slow)]
+)
 def test_an_interrupted_run_resumes_to_the_same_numbers(finished, tmp_path, monkeypatch, stage, step):
     console = StopAt(stage, step)
     make = run.Folder.__init__

@@ -1,0 +1,1 @@
+"""Whole runs composed of algorithms: a key in, a learner out."""
