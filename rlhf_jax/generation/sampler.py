@@ -83,7 +83,9 @@ def generate(
             hidden = jax.lax.dynamic_update_slice_in_dim(hidden, prefill.tap, 0, axis=1)
 
     def keep(hidden: Array | None, tapped: Array | None, slot: Array) -> Array | None:
-        return None if hidden is None else jax.lax.dynamic_update_slice_in_dim(hidden, tapped, slot, axis=1)
+        if hidden is None or tapped is None:
+            return None
+        return jax.lax.dynamic_update_slice_in_dim(hidden, tapped, slot, axis=1)
 
     def turn(state: _Turn) -> _Turn:
         out = call(state.token[:, None], state.fed[:, None], state.cache)

@@ -260,7 +260,7 @@ def kickstarting(
       policy_loss: [...] the student's own objective, for instance an actor-critic loss.
       distillation_loss: [...] divergence from the teacher on the student's trajectories, in the paper H(P, Q).
       step: [] training step.
-      weight: λ, a function of the step such as an `optax` schedule, stopped; a schedule that ends at 0 ends the help.
+      weight: λ, a function of the step such as an `optax` schedule; a schedule that ends at 0 ends the help.
     Returns:
       [...] policy_loss where λ = 0, so that the student may surpass its teacher.
     Reference: Schmitt et al. 2018, https://arxiv.org/abs/1803.03835
@@ -269,5 +269,4 @@ def kickstarting(
     1.5
     """
     policy_loss, distillation_loss = floating(policy_loss=policy_loss, distillation_loss=distillation_loss)
-    share = jax.lax.stop_gradient(knob(weight(step), policy_loss))
-    return policy_loss + share * distillation_loss
+    return policy_loss + knob(weight(step), policy_loss) * distillation_loss

@@ -310,8 +310,6 @@ def test_kickstarting_anneals_and_lets_go():
     gradients = jax.grad(lambda a, b: distillation.kickstarting(a, b, 1, weight=weight).sum(), (0, 1))(policy, teacher)
     np.testing.assert_allclose(gradients[0], 1.0)
     np.testing.assert_allclose(gradients[1], 0.75)
-    stopped = jax.grad(lambda step: distillation.kickstarting(policy, teacher, step, weight=lambda k: k * k).sum())
-    assert not stopped(3.0).any()
 
 
 def test_mistakes_are_refused_in_words():
