@@ -35,7 +35,7 @@ def win_rate(
     Returns:
       The share and its percentile-bootstrap interval. Equal scores everywhere give 0.5; swapping the two gives
       1 - rate.
-    Raises: ValueError if the arrays differ in shape, are empty or hold NaN.
+    Raises: ValueError if the arrays differ in shape, are empty or hold NaN, or a knob is out of range.
     Reference: Efron and Tibshirani 1993, An Introduction to the Bootstrap, section 13.3
 
     >>> win_rate(np.array([1.0, 2.0]), np.array([0.0, 2.0]), np.random.default_rng(0)).rate
@@ -46,6 +46,10 @@ def win_rate(
         raise ValueError(f"scores must be two vectors of equal length, got {scores.shape} and {baseline_scores.shape}")
     if np.isnan(scores).any() or np.isnan(baseline_scores).any():
         raise ValueError("scores hold NaN: every answer needs a score")
+    if not 0 < level < 1:
+        raise ValueError(f"level must lie in (0, 1), got {level}")
+    if resamples < 1:
+        raise ValueError(f"resamples must be at least 1, got {resamples}")
     wins = (scores > baseline_scores) + 0.5 * (scores == baseline_scores)
     # Wins take three values, so a resample of the prompts is a draw of how often each value occurs.
     counts = np.array([(wins == value).sum() for value in (0.0, 0.5, 1.0)])
@@ -83,7 +87,8 @@ def reliability(probabilities: np.ndarray, outcomes: np.ndarray, *, bins: int = 
     Args:
       probabilities: [N] in [0, 1], predicted.
       outcomes: [N] bool, what happened.
-      bins: number of equal-width bins.
+      bins: number of equal-width bins, the last one closed.
+    Raises: ValueError if the arrays differ in shape, a probability is none, or bins < 1.
 
     >>> reliability(np.array([0.9, 0.7]), np.array([True, False]), bins=2)
     [ReliabilityBin(predicted=0.8, observed=0.5, count=2)]
@@ -93,6 +98,8 @@ def reliability(probabilities: np.ndarray, outcomes: np.ndarray, *, bins: int = 
         raise ValueError(f"probabilities and outcomes must match, got {probabilities.shape} and {outcomes.shape}")
     if probabilities.size and not (probabilities.min() >= 0 and probabilities.max() <= 1):
         raise ValueError("probabilities must lie in [0, 1]")
+    if bins < 1:
+        raise ValueError(f"bins must be at least 1, got {bins}")
     places = np.minimum((probabilities * bins).astype(int), bins - 1)
     chosen = [places == place for place in range(bins)]
     return [

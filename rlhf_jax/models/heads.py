@@ -29,8 +29,8 @@ class ScalarHead(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array) -> Array:
-        """features [..., D] -> [...] float32."""
-        x = nn.LayerNorm(name="norm")(features.astype(jnp.float32))
+        """features [..., D] -> [...] float32 (float64 for float64 features)."""
+        x = nn.LayerNorm(name="norm")(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
         if self.hidden:
             x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
         deviation = self.scale * (x.shape[-1] + 1) ** -0.5
@@ -47,6 +47,6 @@ class SequenceScore(nn.Module):
 
     @nn.compact
     def __call__(self, features: Array, mask: Array) -> Array:
-        """features [B, T, D], mask [B, T] bool -> [B] float32."""
+        """features [B, T, D], mask [B, T] bool -> [B] float32 (float64 for float64 features)."""
         wide = jnp.broadcast_to(mask[..., None], features.shape)
         return ScalarHead(self.hidden, name="head")(masking.masked_mean(features, wide, axis=-2))

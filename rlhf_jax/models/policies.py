@@ -6,17 +6,23 @@ everything after the first token is a response, which is how plain texts are lea
 
 With ``first > 0`` only layers from `first` on are run, on the trunk activations that generation or an earlier pass has
 kept in `TokenInputs.trunk`. The lower layers' parameters are then not needed.
+
+[B, R, V] logits are not formed, except for a model whose logits have a soft cap (Gemma 2). What padding holds, in
+tokens, trunk or teacher's states, changes nothing that is returned for real tokens, nor its gradient.
 """
 
 from collections.abc import Callable
 from typing import Any
 
+import jax.numpy as jnp
 from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.logprobs import head_log_probs, response_states
+from rlhf_jax.logprobs import entropy, head_log_probs, response_states, token_log_probs
+from rlhf_jax.losses.distillation import soft_cross_entropy
 from rlhf_jax.models.heads import ScalarHead
+from rlhf_jax.models.layers import soft_cap
 from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.teacher_chunks import head_distillation
 from rlhf_jax.types import ActorCritic, Distilled, TokenInputs
@@ -36,9 +42,16 @@ def response_hidden(
     model: Transformer, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0
 ) -> Array:
     """[B, R, D] final hidden states that predict each response token."""
-    start = inputs.trunk if first else inputs.tokens
+    start = _kept_trunk(inputs) if first else inputs.tokens
     hidden = model.apply({"params": params}, start, inputs.mask, first=first).hidden
     return response_states(hidden, prompt_length=prompt_length)
+
+
+def _kept_trunk(inputs: TokenInputs) -> Array:
+    """[B, P + R, D] activations that were kept, 0 in padding."""
+    if inputs.trunk is None:
+        raise ValueError("inputs.trunk is missing: generate with tap=first, or first=0 runs all layers on the tokens")
+    return jnp.where(inputs.mask[..., None], inputs.trunk, 0)
 
 
 def token_policy(
@@ -48,7 +61,11 @@ def token_policy(
 
     def apply(params: dict, inputs: TokenInputs) -> Array:
         hidden = response_hidden(model, params, inputs, prompt_length=prompt_length, first=first)
-        return head_log_probs(hidden, output_table(params), inputs.tokens[:, prompt_length:], temperature=temperature)
+        tokens = inputs.tokens[:, prompt_length:]
+        if model.config.logit_soft_cap is None:
+            return head_log_probs(hidden, output_table(params), tokens, temperature=temperature)
+        logits = model.apply({"params": params}, hidden, method="logits")
+        return token_log_probs(logits, tokens, temperature=temperature)
 
     return apply
 
@@ -64,9 +81,8 @@ def actor_critic(
     log_probs = token_policy(model, prompt_length=prompt_length, first=first, temperature=temperature)
 
     def apply(params: dict, inputs: TokenInputs) -> ActorCritic:
-        if inputs.trunk is None:
-            raise ValueError("inputs.trunk is missing: generate with tap=first, so that the critic has what to read")
-        values = critic.apply({"params": params["critic"]}, response_states(inputs.trunk, prompt_length=prompt_length))
+        before = response_states(_kept_trunk(inputs), prompt_length=prompt_length)
+        values = critic.apply({"params": params["critic"]}, before)
         return ActorCritic(log_probs(params["actor"], inputs), values)
 
     return apply
@@ -75,17 +91,26 @@ def actor_critic(
 def student(
     model: Transformer, *, prompt_length: int, first: int = 0, temperature: ArrayLike = 1.0
 ) -> Callable[[dict[str, Any], TeacherInputs], Distilled]:
-    """`apply_fn({"student": ..., "teacher_table": [V, D_T]}, inputs)`: a student beside the teacher that generated."""
+    """`apply_fn({"student": ..., "teacher_table": [V, D_T]}, inputs)`: a student beside the teacher that generated.
+
+    Teacher and student have the same soft cap of logits, if any.
+    """
 
     def apply(params: dict[str, Any], batch: TeacherInputs) -> Distilled:
-        both = head_distillation(
-            response_hidden(model, params["student"], batch.inputs, prompt_length=prompt_length, first=first),
-            output_table(params["student"]),
-            batch.teacher_hidden,
-            params["teacher_table"],
-            batch.inputs.tokens[:, prompt_length:],
-            temperature=temperature,
+        own, inputs = params["student"], batch.inputs
+        hidden = response_hidden(model, own, inputs, prompt_length=prompt_length, first=first)
+        real, tokens = inputs.mask[:, prompt_length:], inputs.tokens[:, prompt_length:]
+        taught, table = jnp.where(real[..., None], batch.teacher_hidden, 0), params["teacher_table"]
+        cap = model.config.logit_soft_cap
+        if cap is None:
+            both = head_distillation(hidden, output_table(own), taught, table, tokens, temperature=temperature)
+            return Distilled(both.cross_entropy, both.log_probs, both.teacher_entropy)
+        logits = model.apply({"params": own}, hidden, method="logits")
+        teacher_logits = soft_cap(jnp.einsum("brd,vd->brv", taught, table).astype(jnp.float32), cap)
+        return Distilled(
+            soft_cross_entropy(logits, teacher_logits, temperature=temperature),
+            token_log_probs(logits, tokens, temperature=temperature),
+            entropy(teacher_logits, temperature=temperature),
         )
-        return Distilled(both.cross_entropy, both.log_probs, both.teacher_entropy)
 
     return apply
