@@ -380,7 +380,7 @@ def bits(tree):
 
 
 def test_a_resumed_run_goes_on_bit_for_bit(name, tmp_path):
-    """4 steps = 2, a checkpoint into a state made afresh, 2: Adam's moments, schedules, controller, keys and position."""
+    """4 steps = 2 + a checkpoint into a fresh state + 2: Adam's moments, schedule, controller, keys, position."""
     one = subject(name)
     optimizer = optax.chain(optax.clip_by_global_norm(1.0), optax.adam(optax.cosine_decay_schedule(0.02, 10)))
 
