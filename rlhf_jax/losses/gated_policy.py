@@ -135,8 +135,7 @@ def _binary_kl(old_log_probs: Array, log_probs: Array) -> Array:
     """KL(Bernoulli(π_old) || Bernoulli(π)) of taking the token or not; infinite if π = 1 and π_old < 1."""
     old, rest = jnp.exp(old_log_probs), -jnp.expm1(old_log_probs)
     other = jnp.log(rest) - jnp.log(-jnp.expm1(log_probs))
-    taken = jnp.where(old > 0, old * (old_log_probs - log_probs), 0.0)
-    return taken + jnp.where(rest > 0, rest * other, 0.0)
+    return old * (old_log_probs - log_probs) + jnp.where(rest > 0, rest * other, 0.0)
 
 
 def dppo_kl(

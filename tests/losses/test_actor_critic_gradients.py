@@ -117,6 +117,40 @@ def test_gradients_equal_central_differences(name):
         jax.test_util.check_grads(jax.jit(chosen), values, order=1, modes=["rev"], rtol=1e-5, atol=1e-6, eps=1e-6)
 
 
+STOPPED_ALSO = {  # targets and weights: nothing flows
+    "human_returns": (feedback.human_returns, "advantages mask"),
+    "advise_log_probs": (lambda x: feedback.advise_log_probs(x, consistency=0.8), "labels"),
+    "two_hot": (lambda x: categorical_value.two_hot(x, jnp.array([-1.0, 0.0, 2.0])), "values"),
+    "hl_gauss": (lambda x: categorical_value.hl_gauss(x, jnp.array([-1.0, 0.0, 2.0])), "values"),
+    "project": (lambda *x: categorical_value.project(*x, jnp.array([-1.0, 0.0, 2.0])), "policy q"),
+    "bootstrapped_target": (q_learning.bootstrapped_target, "returns discounts values"),
+    "truncated_weights": (importance.truncated_weights, "log_probs old"),
+    "masked_weights": (importance.masked_weights, "log_probs old"),
+    "sequence_truncated_weights": (importance.sequence_truncated_weights, "log_probs old mask"),
+    "sequence_masked_weights": (importance.sequence_masked_weights, "log_probs old mask"),
+    "awr_weights": (regression_policy.awr_weights, "advantages"),
+    "awac_weights": (regression_policy.awac_weights, "advantages mask"),
+    "token_covariances": (covariance_policy.token_covariances, "log_probs advantages mask"),
+    # straight-through: the gradient is not the derivative of the value, but it flows or not all the same
+    "cispo": (gated_policy.cispo, PPO),
+    "gspo_token": (lambda *x: sequence_policy.gspo_token(*x, clip_low=0.1, clip_high=0.1), TOKENS),
+    "vespo": (sequence_policy.vespo, ROWS),
+}
+
+
+@pytest.mark.parametrize("name", [*CASES, *STOPPED_ALSO])
+def test_only_starred_arguments_have_a_gradient(name):
+    function, words = {**CASES, **STOPPED_ALSO}[name]
+    words = words.split()
+    arrays = [ARRAYS[word.lstrip("*")] for word in words]
+    arrays = [jnp.asarray(x, jnp.float32 if x.dtype == np.float64 else None) for x in arrays]
+    floats = tuple(i for i, x in enumerate(arrays) if x.dtype == jnp.float32)
+    gradients = jax.grad(lambda *x: total(function, *x), argnums=floats)(*arrays)
+    for i, gradient in zip(floats, gradients, strict=True):
+        assert np.isfinite(gradient).all(), words[i]
+        assert bool(np.any(gradient)) == words[i].startswith("*"), words[i]
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_integers_for_floats_floats_for_masks_and_unequal_shapes_are_refused(name):
     function, words = CASES[name]

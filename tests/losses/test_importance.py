@@ -95,6 +95,13 @@ def test_open_bounds_give_plain_importance_sampling_and_agreement_gives_one():
         assert (np.asarray(weights) == 1).all()
 
 
+def test_the_bounds_themselves_are_kept():
+    x = jnp.array([-1.0])
+    assert importance.masked_weights(x, x, low=1.0, high=1.0).tolist() == [1.0]
+    assert importance.sequence_mean_mask(x, x, jnp.array([True]), low=1.0, high=1.0)
+    assert importance.off_policy_sequence_mask(x, x, jnp.array(-1.0), jnp.array([True]), threshold=0.0)
+
+
 def test_expected_weight_of_samples_is_one():
     """Σ μ·(π/μ) = 1: the weights change the measure from the sampler's to the trainer's."""
     sampler, trainer = np.log(rng.dirichlet(np.ones(9))), np.log(rng.dirichlet(np.ones(9)))
