@@ -196,6 +196,13 @@ def test_a_bounded_token_overflows_neither_in_value_nor_in_gradient(name):
     assert np.isfinite(slope(SURROGATES[name], log_probs, old, advantages)).all()
 
 
+def test_a_ratio_on_its_bound_is_not_marked():
+    x = jnp.array([-1.0])
+    for advantage in (jnp.ones(1), -jnp.ones(1)):
+        for function in (policy.clipped_surrogate, gated_policy.cispo):
+            assert not function(x, x, advantage, clip_low=0.0, clip_high=0.0).clipped.any()
+
+
 def test_entropy_bonus_raises_entropy():
     np.testing.assert_allclose(policy.entropy_bonus(jnp.array([0.5, 2.0]), coefficient=0.1), [-0.05, -0.2], rtol=1e-6)
     np.testing.assert_allclose(slope(policy.entropy_bonus, jnp.ones(2)), [-0.01, -0.01], rtol=1e-6)
