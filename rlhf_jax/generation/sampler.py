@@ -1,26 +1,25 @@
-"""Generation as one program: prefill the prompt, then one token per turn of a compiled loop over a fixed cache."""
+"""Generation as one program: prefill the prompt, then one token per turn of a compiled loop over a fixed cache.
 
-from collections.abc import Callable
+The cache lives inside the loop and is written in place. Rows are independent of each other, so a batch may be split
+over devices in any way: under ``jit`` with sharded rows the devices agree at every turn whether anybody goes on, under
+``shard_map`` each stops on its own.
+"""
+
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.typing import ArrayLike
 
+from rlhf_jax.generation.caching import Prefill, grow, prefill, repeat_rows
 from rlhf_jax.generation.categorical import categorical
+from rlhf_jax.generation.drawing import Choose, Rules, Stop, Warp, draw, greedy
+from rlhf_jax.generation.history import History, init_history, update_history
 from rlhf_jax.models.transformer import Cache, Transformer, init_cache
 from rlhf_jax.types import Rollout
 
 __all__ = ["generate", "greedy"]
-
-Warp = Callable[[Array], Array]
-Choose = Callable[[Array, Array], Array]
-
-
-def greedy(keys: Array, logits: Array) -> Array:
-    """The most likely token of each row; the keys are not used. keys [B], logits [B, V] -> [B] int32."""
-    del keys
-    return jnp.argmax(logits, axis=-1).astype(jnp.int32)
 
 
 class _Turn(NamedTuple):
@@ -29,16 +28,12 @@ class _Turn(NamedTuple):
     alive: Array  # [B] bool, rows that have not ended
     fed: Array  # [B] bool, whether `token` is a real token
     cache: Cache
+    history: History | None
     tokens: Array  # [B, R]
     mask: Array  # [B, R]
     log_probs: Array  # [B, R]
     raw_log_probs: Array  # [B, R]
     hidden: Array | None  # [B, P + R, D]
-
-
-def _log_prob(logits: Array, token: Array) -> Array:
-    chosen = jnp.take_along_axis(logits, token[:, None], axis=-1)[:, 0]
-    return chosen - jax.nn.logsumexp(logits, axis=-1)
 
 
 def generate(
@@ -54,6 +49,10 @@ def generate(
     warp: Warp | None = None,
     choose: Choose = categorical,
     tap: int | None = None,
+    rules: Rules | None = None,
+    stop: Stop | None = None,
+    samples: int = 1,
+    prefilled: Prefill | None = None,
 ) -> Rollout:
     """Continues every prompt by up to `length` tokens. Jit the caller; one compilation per (B, P, length).
 
@@ -62,54 +61,72 @@ def generate(
       params: its parameters.
       prompts: [B, P] int32, left-padded.
       prompt_mask: [B, P] bool; the last slot of every row must be a real token.
-      keys: [B] typed keys, one per row, consumed. A row's sample does not depend on its neighbours.
+      keys: [B · samples] typed keys, one per row of the result, consumed. A row's sample does not depend on its
+        neighbours.
       length: R, most tokens to generate. The loop stops early once every row has ended.
       end_token: ends a row; it is part of the response, and what follows it is not.
       pad_token: fills the slots behind the end. Masks decide what counts, never this id.
       warp: logits [B, V] -> logits [B, V] of the distribution to sample from; None samples from the model itself.
       choose: draws tokens [B] from (keys [B], logits [B, V]): `categorical` or `greedy`.
-      tap: also returns every slot's activations entering this layer, for heads that share the trunk.
+      tap: also returns every slot's activations entering this layer, for heads that share the trunk: a critic's values
+        are ``critic(response_states(rollout.trunk, prompt_length=P))``, without another pass through the trunk.
+      rules: (logits, `History`) -> logits, applied before `warp`: penalties and bans that depend on what was written.
+      stop: `History` that ends with the new token -> [B] bool: ends a row as the end token does.
+      samples: G, continuations of each prompt, which is read once. Rows g = 0 .. G-1 of prompt b are b · G + g.
+      prefilled: what `caching.prefill` returned for these prompts, parameters and tap; None reads them here.
     Returns:
-      `Rollout`. Its log-probs equal those of a training forward pass over the same tokens, under any padding.
+      `Rollout` of B · samples rows. Its log-probs equal those of a training forward pass over the same tokens, under
+      any padding. With ``samples=G`` it equals a rollout of the prompts repeated G times.
+    Raises:
+      ValueError: length or samples below 1, a number of keys that is not B · samples, or a prefill of other prompts.
     """
-    rows, prompt_length = prompts.shape
+    prompt_length = prompts.shape[1]
+    _check(prompts, keys, length, samples, prefilled)
+    read = prefilled if prefilled is not None else prefill(model, params, prompts, prompt_mask, tap=tap)
+    prompts, prompt_mask, read = repeat_rows((prompts, prompt_mask, read), samples)
+    rows, capacity = len(prompts), prompt_length + length
     call = lambda tokens, mask, cache, **kw: model.apply({"params": params}, tokens, mask, cache=cache, tap=tap, **kw)
-    cache = init_cache(model.config, rows, prompt_length + length)
-    hidden = None if tap is None else jnp.zeros((rows, prompt_length + length, model.config.width))
-    if prompt_length > 1:
-        prefill = call(prompts[:, :-1], prompt_mask[:, :-1], cache)
-        cache = prefill.cache
-        if hidden is not None:
-            hidden = jax.lax.dynamic_update_slice_in_dim(hidden, prefill.tap, 0, axis=1)
 
-    def keep(hidden: Array | None, tapped: Array | None, slot: Array) -> Array | None:
+    cache = init_cache(model.config, rows, capacity) if read is None else grow(model, read.cache, capacity)
+    hidden = None if tap is None else jnp.zeros((rows, capacity, model.config.width))
+
+    def keep(hidden: Array | None, tapped: Array | None, slot: ArrayLike) -> Array | None:
         if hidden is None or tapped is None:
-            return None
+            return hidden
         return jax.lax.dynamic_update_slice_in_dim(hidden, tapped, slot, axis=1)
+
+    if read is not None:
+        hidden = keep(hidden, read.trunk, 0)
 
     def turn(state: _Turn) -> _Turn:
         out = call(state.token[:, None], state.fed[:, None], state.cache)
         logits = model.apply({"params": params}, out.hidden[:, 0], method="logits")
-        warped = logits if warp is None else warp(logits)
-        token = choose(jax.vmap(jax.random.fold_in, (0, None))(keys, state.step), warped)
-        token = jnp.where(state.alive, token, pad_token)
-        raw = _log_prob(logits, token)
+        step_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, state.step)
+        drawn = draw(step_keys, logits, history=state.history, rules=rules, warp=warp, choose=choose)
+        token = jnp.where(state.alive, drawn.token, pad_token)
+        history = None if state.history is None else update_history(state.history, token, state.alive)
+        ended = token == end_token
+        if stop is not None:
+            ended = ended | stop(history)  # type: ignore[arg-type]
         write = lambda buffer, column: jax.lax.dynamic_update_slice_in_dim(
             buffer, jnp.where(state.alive, column, jnp.zeros((), buffer.dtype))[:, None], state.step, axis=1
         )
         return _Turn(
             step=state.step + 1,
             token=token,
-            alive=state.alive & (token != end_token),
+            alive=state.alive & ~ended,
             fed=state.alive,
             cache=out.cache,
+            history=history,
             tokens=jax.lax.dynamic_update_slice_in_dim(state.tokens, token[:, None], state.step, axis=1),
             mask=write(state.mask, state.alive),
-            log_probs=write(state.log_probs, raw if warp is None else _log_prob(warped, token)),
-            raw_log_probs=write(state.raw_log_probs, raw),
+            log_probs=write(state.log_probs, drawn.log_prob),
+            raw_log_probs=write(state.raw_log_probs, drawn.raw_log_prob),
             hidden=keep(state.hidden, out.tap, state.cache.length),
         )
 
+    remembers = rules is not None or stop is not None
+    vocab_size = model.config.vocab_size
     empty = jnp.zeros((rows, length))
     everyone = jnp.ones((rows,), bool)
     state = _Turn(
@@ -118,6 +135,7 @@ def generate(
         alive=everyone,
         fed=everyone,
         cache=cache,
+        history=init_history(prompts, prompt_mask, length=length, vocab_size=vocab_size) if remembers else None,
         tokens=jnp.full((rows, length), pad_token, jnp.int32),
         mask=jnp.zeros((rows, length), bool),
         log_probs=empty,
@@ -136,3 +154,15 @@ def generate(
         raw_log_probs=state.raw_log_probs,
         trunk=state.hidden,
     )
+
+
+def _check(prompts: Array, keys: Array, length: int, samples: int, prefilled: Prefill | None) -> None:
+    rows, prompt_length = prompts.shape
+    for name, value in {"length": length, "samples": samples}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    if keys.shape != (rows * samples,):
+        raise ValueError(f"keys must be one per row, shape ({rows * samples},), got {keys.shape}")
+    if prefilled is not None and prefilled.cache.mask.shape != (rows, prompt_length - 1):
+        expected, got = (rows, prompt_length - 1), prefilled.cache.mask.shape
+        raise ValueError(f"prefilled must hold [B, P - 1] = {expected} slots of these prompts, got {got}")

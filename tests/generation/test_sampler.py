@@ -10,8 +10,19 @@ from jax.sharding import PartitionSpec as Rows
 from small_decoders import FAMILIES, LENGTHS, VOCABULARY, assert_close_where, decoder, ragged_prompts, score
 
 from rlhf_jax.generation import warpers
+from rlhf_jax.generation.caching import prefill
+from rlhf_jax.generation.history import (
+    ends_with,
+    init_history,
+    minimum_length,
+    no_repeated_ngram,
+    occurrence_penalty,
+    repetition_penalty,
+    token_counts,
+)
 from rlhf_jax.generation.sampler import generate, greedy
 from rlhf_jax.logprobs import head_log_probs, response_states, token_log_probs
+from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import output_table
 from rlhf_jax.training.sharding import make_mesh, shard_batch
 
@@ -23,11 +34,13 @@ def warped(logits):
     return warpers.top_p(warpers.temperature(logits, 0.7), 0.8)
 
 
-@functools.partial(jax.jit, static_argnames=("model", "length", "warp", "choose", "tap"))
+STATIC = ("model", "length", "warp", "choose", "tap", "rules", "stop", "samples")
+
+
+@functools.partial(jax.jit, static_argnames=STATIC)
 def run(model, params, prompts, mask, keys, *, length=R, end_token=END, pad_token=PAD, **knobs):
-    return generate(
-        model, params, prompts, mask, keys, length=length, end_token=end_token, pad_token=pad_token, **knobs
-    )
+    ends = {"length": length, "end_token": end_token, "pad_token": pad_token}
+    return generate(model, params, prompts, mask, keys, **ends, **knobs)
 
 
 @pytest.fixture(scope="module")
@@ -174,6 +187,111 @@ def test_greedy_takes_the_best_token_of_the_training_forward_pass(llama):
     rollout = run(model, params, *prompts, KEYS, choose=greedy, end_token=VOCABULARY, length=5)
     logits = score(model, params, rollout).logits
     np.testing.assert_array_equal(rollout.responses, np.argmax(logits, axis=-1))
+
+
+# --- rules, stops, groups, prefill ------------------------------------------------------------------------------------
+
+
+def ruled(logits, history):
+    logits = repetition_penalty(logits, history.counts, 1.5)
+    logits = occurrence_penalty(logits, history.response_counts, presence=0.5, frequency=0.25)
+    logits = no_repeated_ngram(logits, history.tokens, history.mask, 2)
+    return minimum_length(logits, history.response_mask, END, 3)
+
+
+def test_rules_see_exactly_what_was_written(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    rollout = run(model, params, *prompts, KEYS, rules=ruled, warp=warped)
+    logits = score(model, params, rollout).logits
+    free = run(model, params, *prompts, KEYS, warp=warped)
+    assert not np.array_equal(free.tokens, rollout.tokens)
+    for row, length in enumerate(LENGTHS):
+        for t in range(int(rollout.response_mask[row].sum())):
+            written = rollout.tokens[row : row + 1, prompts.tokens.shape[1] - length :][:, : length + t]
+            real = jnp.ones(written.shape, bool)
+            fresh = init_history(written[:, :length], real[:, :length], length=t, vocab_size=VOCABULARY)
+            history = fresh._replace(
+                tokens=written,
+                mask=real,
+                response_mask=real.at[:, :length].set(False),
+                counts=token_counts(written, real, VOCABULARY),
+                response_counts=token_counts(written[:, length:], real[:, length:], VOCABULARY),
+            )
+            expected = token_log_probs(warped(ruled(logits[row, t][None], history)), rollout.responses[row, t][None])
+            np.testing.assert_allclose(rollout.log_probs[row, t], expected[0], rtol=1e-4, atol=1e-4)
+    assert rollout.response_mask.sum(axis=1).min() > 3
+
+
+def test_stop_sequences_end_rows_as_the_end_token_does(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    free = np.asarray(run(model, params, *prompts, KEYS, end_token=VOCABULARY).responses)
+    pair, single = tuple(free[1, 2:4].tolist()), (int(free[2, 5]),)
+    stop = lambda history: ends_with(history.tokens, history.response_mask, (pair, single))
+    rollout = run(model, params, *prompts, KEYS, end_token=VOCABULARY, stop=stop)
+    lengths = []
+    for row in free:
+        ends = [t + 1 for t in range(R) if row[t] == single[0] or (t and tuple(row[t - 1 : t + 1]) == pair)]
+        lengths.append(min([*ends, R]))
+    assert min(lengths) < R
+    np.testing.assert_array_equal(rollout.response_mask, np.arange(R) < np.array(lengths)[:, None])
+    np.testing.assert_array_equal(rollout.responses, np.where(rollout.response_mask, free, PAD))
+
+
+def test_samples_of_a_prompt_equal_the_prompt_repeated(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    keys = jax.random.split(jax.random.key(5), 3 * len(LENGTHS))
+    group = run(model, params, *prompts, keys, samples=3, tap=1)
+    repeated = run(model, params, *(jnp.repeat(x, 3, axis=0) for x in prompts), keys, tap=1)
+    np.testing.assert_array_equal(group.tokens, repeated.tokens)
+    np.testing.assert_array_equal(group.mask, repeated.mask)
+    np.testing.assert_allclose(group.log_probs, repeated.log_probs, rtol=1e-5, atol=1e-5)
+    assert_close_where(group.mask, group.trunk, repeated.trunk)
+
+
+def test_prompts_read_before_give_the_same_rollout(llama):
+    model, params = llama
+    prompts = ragged_prompts()
+    read = jax.jit(functools.partial(prefill, model, tap=1))(params, *prompts)
+    rollout, expected = (run(model, params, *prompts, KEYS, tap=1, prefilled=x) for x in (read, None))
+    np.testing.assert_array_equal(rollout.tokens, expected.tokens)
+    assert_close_where(rollout.mask, rollout.trunk, expected.trunk)
+    assert prefill(model, params, prompts.tokens[:, -1:], prompts.mask[:, -1:]) is None
+
+
+def test_values_of_a_critic_on_the_trunk_need_no_second_pass(llama):
+    model, params = llama
+    rollout = run(model, params, *ragged_prompts(), KEYS, tap=1)
+    critic = ScalarHead()
+    weights = critic.init(jax.random.key(3), rollout.trunk)
+    states = [
+        response_states(x, prompt_length=rollout.prompt_length) for x in (rollout.trunk, score(*llama, rollout).tap)
+    ]
+    assert_close_where(rollout.response_mask, *(critic.apply(weights, x) for x in states))
+
+
+@pytest.mark.parametrize(
+    ("knobs", "message"),
+    [
+        ({"length": 0}, "length must be at least 1, got 0"),
+        ({"samples": 0}, "samples must be at least 1, got 0"),
+        ({"samples": 2}, r"keys must be one per row, shape \(8,\), got \(4,\)"),
+    ],
+)
+def test_mistakes_are_named(llama, knobs, message):
+    with pytest.raises(ValueError, match=message):
+        run(*llama, *ragged_prompts(), KEYS, **knobs)
+
+
+def test_a_prefill_of_other_prompts_is_refused(llama):
+    read = prefill(*llama, *ragged_prompts())
+    with pytest.raises(ValueError, match=r"prefilled must hold \[B, P - 1\] = \(4, 8\) slots"):
+        run(*llama, *ragged_prompts(width=9), KEYS, prefilled=read)
+
+
+# --- devices ----------------------------------------------------------------------------------------------------------
 
 
 @functools.cache

@@ -1,0 +1,184 @@
+"""Continuous batching inside one compiled program: a slot whose row has ended takes the next prompt from a queue.
+
+A batch that is generated together lasts as long as its longest response. Here N prompts share a few slots; every slot
+reads its next prompt as soon as it is free, so the model seldom runs on rows that have ended. Rows differ in how much
+of their cache is filled (`caching.read_rows`), and a prompt is read in chunks, of which padding takes at most one.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+from rlhf_jax.generation.caching import read_rows, rows_of
+from rlhf_jax.generation.categorical import categorical
+from rlhf_jax.generation.drawing import Choose, Rules, Stop, Warp, draw
+from rlhf_jax.generation.history import History, init_history, update_history
+from rlhf_jax.models.transformer import Cache, Transformer, init_cache
+from rlhf_jax.types import Rollout
+
+__all__ = ["Served", "generate_queue"]
+
+
+class Served(NamedTuple):
+    """The responses to a queue of prompts, and what the model did for them."""
+
+    rollout: Rollout  # N rows in the order of the prompts
+    turns: Array  # [] int32, decoding steps; each runs the model on one token of every slot
+    chunks: Array  # [] int32, chunks of prompts that were read
+
+    def useful_share(self, slots: int) -> Array:
+        """Generated tokens per token that a decoding step was run on; [] in (0, 1]."""
+        return jnp.sum(self.rollout.response_mask) / (self.turns * slots)
+
+
+class _Slots(NamedTuple):
+    turns: Array  # []
+    chunks: Array  # []
+    waiting: Array  # [] the first prompt that no slot has taken yet
+    prompt: Array  # [B] the prompt that each slot works on; N if none
+    written: Array  # [B] response tokens
+    token: Array  # [B] the last token, not yet in the cache
+    cache: Cache  # one per slot
+    history: History | None
+    tokens: Array  # [N, R]
+    lengths: Array  # [N]
+    log_probs: Array  # [N, R]
+    raw_log_probs: Array  # [N, R]
+
+
+def generate_queue(
+    model: Transformer,
+    params: dict,
+    prompts: Array,
+    prompt_mask: Array,
+    keys: Array,
+    *,
+    slots: int,
+    length: int,
+    end_token: int,
+    pad_token: int,
+    warp: Warp | None = None,
+    choose: Choose = categorical,
+    rules: Rules | None = None,
+    stop: Stop | None = None,
+    chunk: int = 32,
+) -> Served:
+    """Continues every prompt of a queue by up to `length` tokens. Jit the caller; the result is that of `generate`.
+
+    Args:
+      model: the decoder.
+      params: its parameters.
+      prompts: [N, P] int32, left-padded, served in this order.
+      prompt_mask: [N, P] bool; the last slot of every row must be a real token.
+      keys: [N] typed keys, one per prompt, consumed. A response depends neither on its neighbours nor on its slot.
+      slots: B, rows that are generated at a time.
+      length: R, most tokens per response.
+      end_token: ends a row; it is part of the response.
+      pad_token: fills the places behind the end.
+      warp: as in `generate`.
+      choose: as in `generate`.
+      rules: as in `generate`.
+      stop: as in `generate`.
+      chunk: tokens of a prompt that are read at a time; a prompt of n tokens costs ⌈(n - 1) / chunk⌉ of them.
+    Returns:
+      `Served`; tokens and masks equal `generate` on all N prompts with the same keys, log-probs up to rounding.
+    Raises:
+      ValueError: slots, length or chunk below 1, or a number of keys that is not N.
+    """
+    for name, value in {"slots": slots, "length": length, "chunk": chunk}.items():
+        if value < 1:
+            raise ValueError(f"{name} must be at least 1, got {value}")
+    count, prompt_length = prompts.shape
+    if keys.shape != (count,):
+        raise ValueError(f"keys must be one per prompt, shape ({count},), got {keys.shape}")
+    chunk = min(chunk, max(prompt_length - 1, 1))
+    room = max(-(-(prompt_length - 1) // chunk), 1) * chunk  # slots for a prompt without its last token
+    pad = ((0, 0), (room - prompt_length + 1, 0))
+    heads, head_masks = jnp.pad(prompts[:, :-1], pad), jnp.pad(prompt_mask[:, :-1], pad)
+    remembers = rules is not None or stop is not None
+    remember = lambda rows, mask: init_history(rows, mask, length=length, vocab_size=model.config.vocab_size)
+
+    def read(index: Array) -> tuple[Cache, Array]:
+        """The cache of one prompt without its last token, and the number of chunks that were read."""
+        needed = -(-jnp.sum(head_masks[index]) // chunk)
+
+        def read_chunk(i: Array, cache: Cache) -> Cache:
+            start = room - (needed - i) * chunk
+            part = lambda x: jax.lax.dynamic_slice(x, (index, start), (1, chunk))
+            return model.apply({"params": params}, part(heads), part(head_masks), cache=cache).cache
+
+        return jax.lax.fori_loop(0, needed, read_chunk, init_cache(model.config, 1, room + length)), needed
+
+    def refill(state: _Slots) -> _Slots:
+        slot, index = jnp.argmax(state.prompt == count), state.waiting
+        cache, chunks = read(index)
+        put = lambda all_slots, one: jax.lax.dynamic_update_index_in_dim(all_slots, one, slot, 0)
+        history = None
+        if state.history is not None:
+            row = lambda x: jax.lax.dynamic_slice_in_dim(x, index, 1)
+            new = remember(row(prompts), row(prompt_mask))
+            history = jax.tree.map(lambda x, y: put(x, y[0]), state.history, new)
+        return state._replace(
+            chunks=state.chunks + chunks,
+            waiting=index + 1,
+            prompt=state.prompt.at[slot].set(index),
+            written=state.written.at[slot].set(0),
+            token=state.token.at[slot].set(prompts[index, -1]),
+            cache=jax.tree.map(put, state.cache, cache),
+            history=history,
+        )
+
+    def turn(state: _Slots) -> _Slots:
+        state = jax.lax.while_loop(lambda s: (s.waiting < count) & jnp.any(s.prompt == count), refill, state)
+        busy = state.prompt < count
+        out = read_rows(model, params, state.token[:, None], busy[:, None], state.cache)
+        logits = model.apply({"params": params}, out.hidden[:, 0], method="logits")
+        step_keys = jax.vmap(jax.random.fold_in)(keys[jnp.minimum(state.prompt, count - 1)], state.written)
+        drawn = draw(step_keys, logits, history=state.history, rules=rules, warp=warp, choose=choose)
+        written = state.written + 1
+        history = None if state.history is None else update_history(state.history, drawn.token, busy)
+        ended = (drawn.token == end_token) | (written == length)
+        if stop is not None:
+            ended = ended | stop(history)  # type: ignore[arg-type]
+        write = lambda buffer, x: buffer.at[state.prompt, state.written].set(x, mode="drop")
+        return state._replace(
+            turns=state.turns + 1,
+            prompt=jnp.where(ended, count, state.prompt),
+            written=written,
+            token=drawn.token,
+            cache=out.cache,
+            history=history,
+            tokens=write(state.tokens, drawn.token),
+            lengths=state.lengths.at[state.prompt].set(written, mode="drop"),
+            log_probs=write(state.log_probs, drawn.log_prob),
+            raw_log_probs=write(state.raw_log_probs, drawn.raw_log_prob),
+        )
+
+    nothing = jnp.zeros((slots,), jnp.int32)
+    blank = jnp.zeros((slots, prompt_length), jnp.int32)
+    state = _Slots(
+        turns=jnp.zeros((), jnp.int32),
+        chunks=jnp.zeros((), jnp.int32),
+        waiting=jnp.zeros((), jnp.int32),
+        prompt=jnp.full((slots,), count, jnp.int32),
+        written=nothing,
+        token=nothing,
+        cache=rows_of(init_cache(model.config, slots, room + length)),
+        history=remember(blank, blank > 0) if remembers else None,
+        tokens=jnp.full((count, length), pad_token, jnp.int32),
+        lengths=jnp.zeros((count,), jnp.int32),
+        log_probs=jnp.zeros((count, length)),
+        raw_log_probs=jnp.zeros((count, length)),
+    )
+    state = jax.lax.while_loop(lambda s: (s.waiting < count) | jnp.any(s.prompt < count), turn, state)
+    response_mask = jnp.arange(length)[None] < state.lengths[:, None]
+    rollout = Rollout(
+        tokens=jnp.concatenate([prompts, state.tokens], axis=1),
+        mask=jnp.concatenate([prompt_mask, response_mask], axis=1),
+        response_mask=response_mask,
+        log_probs=state.log_probs,
+        raw_log_probs=state.raw_log_probs,
+    )
+    return Served(rollout, state.turns, state.chunks)
