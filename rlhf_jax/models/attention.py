@@ -8,6 +8,7 @@ from flax import linen as nn
 from jax import Array
 
 from rlhf_jax.models.layers import Norm, soft_cap
+from rlhf_jax.models.linear import Dense
 from rlhf_jax.models.rotary import Rotation, rotate
 
 if TYPE_CHECKING:
@@ -95,7 +96,7 @@ class Attention(nn.Module):
         [B, heads, T, S] is added to the scores.
         """
         config = self.config
-        project = lambda name, count: nn.Dense(count * config.head_dim, use_bias=config.qkv_bias, name=name)(x).reshape(
+        project = lambda name, count: Dense(count * config.head_dim, use_bias=config.qkv_bias, name=name)(x).reshape(
             *x.shape[:-1], count, config.head_dim
         )
         query, key = project("query", config.num_heads), project("key", config.num_kv_heads)
@@ -119,4 +120,4 @@ class Attention(nn.Module):
             bias=None if bias is None else bias.astype(x.dtype),
         )
         flat = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
-        return nn.Dense(config.width, use_bias=config.out_bias, name="out")(flat), key, value
+        return Dense(config.width, use_bias=config.out_bias, name="out")(flat), key, value

@@ -18,6 +18,7 @@ from jax import Array
 from rlhf_jax.models.attention import Attention, attend, visible
 from rlhf_jax.models.config import TransformerConfig
 from rlhf_jax.models.layers import MLP, Norm
+from rlhf_jax.models.linear import Dense
 from rlhf_jax.models.relative import RelativeBias
 from rlhf_jax.models.transformer import Block, Cache, Output, positions, written
 
@@ -77,8 +78,8 @@ class CrossAttention(nn.Module):
 
     def setup(self) -> None:
         inner = self.config.num_heads * self.config.head_dim
-        self.query, self.key, self.value = (nn.Dense(inner, use_bias=False) for _ in range(3))
-        self.out = nn.Dense(self.config.width, use_bias=False)
+        self.query, self.key, self.value = (Dense(inner, use_bias=False) for _ in range(3))
+        self.out = Dense(self.config.width, use_bias=False)
 
     def memory(self, encoded: Array) -> tuple[Array, Array]:
         """encoded [B, S, D] -> keys and values [B, S, heads, head_dim]."""

@@ -9,6 +9,8 @@ import jax.numpy as jnp
 from flax import linen as nn
 from jax import Array
 
+from rlhf_jax.models.linear import Dense
+
 if TYPE_CHECKING:
     from rlhf_jax.models.config import TransformerConfig
 
@@ -73,7 +75,7 @@ class MLP(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., D]."""
         config = self.config
-        dense = lambda name, width: nn.Dense(width, use_bias=config.mlp_bias, name=name)
+        dense = lambda name, width: Dense(width, use_bias=config.mlp_bias, name=name)
         act = ACTIVATIONS[config.activation]
         inner = dense("up", config.mlp_width)(x)
         inner = act(dense("gate", config.mlp_width)(x)) * inner if config.gated else act(inner)

@@ -9,6 +9,7 @@ from jax import Array
 
 from rlhf_jax import masking
 from rlhf_jax.models.layers import ACTIVATIONS
+from rlhf_jax.models.linear import Dense, kernel_of, plain_kernel
 
 if TYPE_CHECKING:
     from rlhf_jax.models.config import TransformerConfig
@@ -74,7 +75,7 @@ class MixtureOfExperts(nn.Module):
     def __call__(self, x: Array) -> Array:
         """x [..., D] -> [..., D]."""
         config = self.config
-        logits = nn.Dense(config.num_experts, use_bias=False, name="router")(x)
+        logits = Dense(config.num_experts, use_bias=False, name="router")(x)
         self.sow("intermediates", "router_logits", logits)
         weights, chosen = route(logits, config.experts_per_token, normalise=config.normalise_expert_weights)
 
@@ -104,4 +105,4 @@ class Experts(nn.Module):
     def __call__(self) -> Array:
         """[E, in, out]."""
         start = nn.initializers.lecun_normal(batch_axis=(0,))
-        return self.param("kernel", start, (self.num_experts, self.rows, self.columns))
+        return plain_kernel(kernel_of(self, (self.num_experts, self.rows, self.columns), start))

@@ -25,6 +25,7 @@ from rlhf_jax.models.huggingface import (
 )
 from rlhf_jax.models.huggingface.safetensors import SafetensorsFile, write_safetensors
 from rlhf_jax.models.huggingface.tensors import insert, param_shapes
+from rlhf_jax.models.quantisation import int8, quantise
 from rlhf_jax.models.rotary import LinearScaling, Llama3Scaling, LongScaling, YarnScaling
 from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.training.sharding import make_mesh, shardings
@@ -376,6 +377,12 @@ def test_parameters_that_are_not_those_of_the_config_are_listed(tmp_path):
     assert "1 missing: final_norm/scale; 1 unexpected: head/embedding" in str(error.value)
     assert "layer_0/mlp/up/kernel is [8, 7], expected [8, 6]" in str(error.value)
     assert not (tmp_path / "new").exists()
+
+
+def test_parameters_in_few_bits_are_not_stored(tmp_path):
+    params = quantise(params_of(LLAMA), lambda path: path.endswith("up/kernel"), to=functools.partial(int8, block=8))
+    with pytest.raises(UserError, match=r"give dequantise\(params\) or apply_lora"):
+        save_pretrained(tmp_path / "new", LLAMA, params)
 
 
 def cut(path, size):

@@ -14,6 +14,7 @@ from jax.sharding import Sharding
 from jax.typing import DTypeLike
 
 from rlhf_jax.errors import UserError
+from rlhf_jax.models.adapters import Adapted
 from rlhf_jax.models.huggingface.families import Config, read_config, tensor_plan, write_config
 from rlhf_jax.models.huggingface.safetensors import write_safetensors
 from rlhf_jax.models.huggingface.tensors import (
@@ -33,6 +34,7 @@ from rlhf_jax.models.huggingface.weights import (
     read_json,
     settle,
 )
+from rlhf_jax.models.quantisation import Quantised
 
 __all__ = ["check_vocabulary", "load_pretrained", "save_pretrained"]
 
@@ -224,6 +226,9 @@ def check_vocabulary(folder: Folder, config: Config) -> None:
 
 
 def _check_params(plan: Sequence[Stored], params: Mapping[str, Any]) -> None:
+    held = lambda leaf: isinstance(leaf, Quantised | Adapted)
+    if any(held(leaf) for leaf in jax.tree.leaves(params, is_leaf=held)):
+        raise UserError("quantised or adapted kernels cannot be stored; give dequantise(params) or apply_lora(...)")
     planned = {"/".join(path): shape for path, shape in param_shapes(plan).items()}
     found = {"/".join(path): tuple(leaf.shape) for path, leaf in _leaves(params).items()}
     shapes = [
