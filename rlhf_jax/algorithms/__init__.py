@@ -2,14 +2,18 @@
 
 from rlhf_jax.algorithms import (
     actor_critic,
+    group,
     policy_distillation,
+    preference,
     reward_model,
     sft,
 )
 
 __all__ = [
     "actor_critic",
+    "group",
     "policy_distillation",
+    "preference",
     "reward_model",
     "sft",
 ]
