@@ -61,8 +61,8 @@ class YarnScaling:
 class LongScaling:
     """A factor per dimension, one list for short rows and one for long ones (Ding et al. 2024, LongRoPE).
 
-    A row is long once its positions pass `original_length`; each row is judged by itself, so that its neighbours in the
-    batch do not change it.
+    A text is long once its positions pass `original_length`; each one is judged by itself, so that its neighbours in
+    the batch or in a packed row do not change it.
     """
 
     short: tuple[float, ...]
@@ -143,7 +143,9 @@ def _amplitude(scaling: RotaryScaling | None) -> float:
             return 1.0
 
 
-def rotation(position: Array, dim: int, theta: float, scaling: RotaryScaling | None = None) -> Rotation:
+def rotation(
+    position: Array, dim: int, theta: float, scaling: RotaryScaling | None = None, segments: Array | None = None
+) -> Rotation:
     """The rotation of every position.
 
     Args:
@@ -151,6 +153,7 @@ def rotation(position: Array, dim: int, theta: float, scaling: RotaryScaling | N
       dim: R, rotated dimensions of a head.
       theta: base of the wavelengths.
       scaling: how the model was stretched.
+      segments: [B, T] int, the text that each position belongs to; None if each row is one text.
     Returns:
       `Rotation` with [B, T, 1, R/2] float32 cosines and sines.
 
@@ -160,8 +163,12 @@ def rotation(position: Array, dim: int, theta: float, scaling: RotaryScaling | N
     frequency = jnp.asarray(frequencies(dim, theta, scaling), jnp.float32).reshape(1, 1, 1, -1)
     if isinstance(scaling, LongScaling):
         far = jnp.asarray(frequencies(dim, theta, scaling, long=True), jnp.float32).reshape(1, 1, 1, -1)
-        is_long = jnp.max(position, axis=-1) >= scaling.original_length
-        frequency = jnp.where(is_long[:, None, None, None], far, frequency)
+        if segments is None:
+            last = jnp.max(position, axis=-1, keepdims=True)
+        else:
+            same = segments[:, :, None] == segments[:, None]
+            last = jnp.max(jnp.where(same, position[:, None], 0), axis=-1)
+        frequency = jnp.where((last >= scaling.original_length)[..., None, None], far, frequency)
     angle = position[..., None, None].astype(jnp.float32) * frequency
     amplitude = _amplitude(scaling)
     return Rotation(jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude)

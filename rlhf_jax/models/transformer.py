@@ -58,7 +58,7 @@ class Span(NamedTuple):
     position: Array  # [B, T] int32, of the new tokens among their row's real tokens
     seen: Array  # [B, S] bool, slots that hold a real token
     seen_position: Array  # [B, S] int32
-    reach: Array  # [1, T, S] bool, slots that are not after the token
+    reach: Array  # [1 or B, T, S] bool, slots that are not after the token, and of its segment
 
 
 class Output(NamedTuple):
@@ -80,12 +80,17 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, *, dtype: j
     return Cache(empty, empty, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
 
-def written(mask: Array, cache: Cache | None) -> Span:
-    """The new tokens of mask [B, T] by themselves, or behind the slots of a cache."""
+def written(mask: Array, cache: Cache | None, segments: Array | None = None) -> Span:
+    """The new tokens of mask [B, T] by themselves, in segments [B, T], or behind the slots of a cache."""
     tokens = mask.shape[-1]
     if cache is None:
-        position = positions(mask)
-        return Span(position, mask, position, jnp.tril(jnp.ones((tokens, tokens), bool))[None])
+        position = positions(mask, segments)
+        reach = jnp.tril(jnp.ones((tokens, tokens), bool))[None]
+        if segments is not None:
+            reach = reach & (segments[:, :, None] == segments[:, None])
+        return Span(position, mask, position, reach)
+    if segments is not None:
+        raise ValueError("segments and a cache exclude each other: a cache holds one text per row")
     seen = jax.lax.dynamic_update_slice_in_dim(cache.mask, mask, cache.length, axis=1)
     seen_position = positions(seen)
     position = jax.lax.dynamic_slice_in_dim(seen_position, cache.length, tokens, axis=1)
@@ -93,20 +98,42 @@ def written(mask: Array, cache: Cache | None) -> Span:
     return Span(position, seen, seen_position, (jnp.arange(cache.capacity)[None] <= new[:, None])[None])
 
 
+def _within(mask: Array, segments: Array | None) -> Array:
+    """The real tokens of the mask that belong to a segment."""
+    if segments is None:
+        return mask
+    if segments.shape != mask.shape:
+        raise ValueError(f"segments must have the shape of the mask, {mask.shape}, got {segments.shape}")
+    return mask & (segments > 0)
+
+
 def _check_length(config: TransformerConfig, slots: int) -> None:
     if config.learned_positions and slots > config.max_length:
         raise ValueError(f"this model has positions for {config.max_length} tokens, got {slots} slots")
 
 
-def positions(mask: Array) -> Array:
-    """Position of each token among its row's real tokens; padding gets the position of its left neighbour, at least 0.
+def positions(mask: Array, segments: Array | None = None) -> Array:
+    """Position of each token among the real tokens of its row, or of its segment.
 
-    So left padding does not shift a prompt. mask: [B, T] bool -> [B, T] int32.
+    Padding gets the position of its left neighbour, at least 0. So left padding does not shift a prompt.
+
+    Args:
+      mask: [B, T] bool, real tokens.
+      segments: [B, T] int, the text that each slot belongs to, if a row holds several one behind the other.
+    Returns:
+      [B, T] int32.
 
     >>> positions(jnp.array([[False, True, True]])).tolist()
     [[0, 0, 1]]
+    >>> positions(jnp.ones((1, 5), bool), jnp.array([[1, 1, 1, 2, 2]])).tolist()
+    [[0, 1, 2, 0, 1]]
     """
-    return jnp.maximum(jnp.cumsum(mask.astype(jnp.int32), axis=-1) - 1, 0)
+    real = mask.astype(jnp.int32)
+    count = jnp.cumsum(real, axis=-1)
+    if segments is not None:
+        starts = jnp.diff(segments, axis=-1, prepend=segments[:, :1]) != 0
+        count = count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
+    return jnp.maximum(count - 1, 0)
 
 
 def output_table(params: dict) -> Array:
@@ -173,6 +200,7 @@ class Transformer(nn.Module):
         mask: Array,
         *,
         cache: Cache | None = None,
+        segments: Array | None = None,
         first: int = 0,
         last: int | None = None,
         tap: int | None = None,
@@ -183,20 +211,25 @@ class Transformer(nn.Module):
           inputs: [B, T] int tokens if first == 0, else [B, T, D] activations entering layer `first`.
           mask: [B, T] bool, real tokens. Padding may stand anywhere; nothing attends to it.
           cache: earlier slots to attend to; the T tokens are written behind them.
+          segments: [B, T] int, several texts packed into a row one behind the other: 0 for padding, 1, 2, ... for the
+            texts. A token sees its own text only and positions begin anew with each, so that every text gets the
+            states that it gets in a row of its own. None for one text per row.
           first: first layer to run.
           last: layer to stop before; None runs to the end and applies the final norm.
           tap: layer whose incoming activations are returned too, first <= tap <= num_layers.
         Returns:
           `Output`; hidden states of padding are finite and meaningless.
         Raises:
-          ValueError: more slots than the model has learned positions for.
+          ValueError: more slots than the model has learned positions for, segments that are not of the mask's shape,
+            or segments together with a cache.
         """
         config = self.config
         stop = config.num_layers if last is None else last
-        span = written(mask, cache)
+        mask = _within(mask, segments)
+        span = written(mask, cache, segments)
         windows = {config.window(index) for index in range(first, stop)}
         allowed = {window: visible(*span, window) for window in windows}
-        turns = {window: self._rotation(span.position, window) for window in windows}
+        turns = {window: self._rotation(span.position, segments, window) for window in windows}
 
         x = inputs if first else self._embed(inputs, mask, span.position)
         tapped, keys, values = None, [], []
@@ -226,13 +259,13 @@ class Transformer(nn.Module):
             x = x + self.position_embed(position)
         return x
 
-    def _rotation(self, position: Array, window: int | None) -> Rotation | None:
+    def _rotation(self, position: Array, segments: Array | None, window: int | None) -> Rotation | None:
         config = self.config
         if config.learned_positions:
             return None
         if window is not None and config.local_rope_theta is not None:
             return rotation(position, config.rotary_dim, config.local_rope_theta)
-        return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling)
+        return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling, segments)
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in float32 of hidden states [..., D] after the final norm."""
