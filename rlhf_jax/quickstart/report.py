@@ -4,6 +4,7 @@
 on a phone, says in words what its plots show, and holds their numbers in tables.
 """
 
+import base64
 import dataclasses
 import html
 import math
@@ -17,7 +18,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.quickstart import figures
 from rlhf_jax.quickstart.figures import Bin, Interval, Plot, Series
 
-__all__ = ["Bin", "Interval", "Plot", "Report", "Result", "Sample", "Series", "StageTime", "write_report"]
+__all__ = ["Bin", "Clip", "Interval", "Plot", "Report", "Result", "Sample", "Series", "StageTime", "write_report"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,6 +52,15 @@ class StageTime:
     detail: str = ""  # for instance "120 steps"
 
 
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A moving picture."""
+
+    name: str  # for instance "CartPole, before"
+    gif: bytes
+    note: str = ""
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Report:
     """Everything a report shows. Empty parts are left out of the page."""
@@ -63,6 +73,7 @@ class Report:
     calibration: Sequence[Bin] = ()
     accuracies: Mapping[str, float] = dataclasses.field(default_factory=dict)  # the reward model first, then baselines
     samples: Sequence[Sample] = ()
+    clips: Sequence[Clip] = ()
     stages: Sequence[StageTime] = ()
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # nested mappings are flattened
     notes: Sequence[str] = ()  # limits, licences, how to resume
@@ -103,6 +114,7 @@ def render(report: Report) -> str:
         _section("Reward model against baselines", _accuracies(report.accuracies)) if report.accuracies else "",
         _section("Reward model calibration", _calibration(report.calibration)) if report.calibration else "",
         _section("Before and after", _samples(report.samples), wide=True) if report.samples else "",
+        *(_section(clip.name, _clip(clip)) for clip in report.clips),
         _section("Time per stage", _stages(report.stages)) if report.stages else "",
         _section("Configuration", _config(report.config)) if report.config else "",
         _section("Notes", _notes(report.notes), wide=True) if report.notes else "",
@@ -199,6 +211,12 @@ def _samples(samples: Sequence[Sample]) -> str:
         for sample in samples
     ]
     return _table(["prefix", "before", "after"], rows, kind="samples")
+
+
+def _clip(clip: Clip) -> str:
+    data = base64.b64encode(clip.gif).decode("ascii")
+    picture = f"<img alt='{_text(clip.name)}' src='data:image/gif;base64,{data}' style='width:100%;max-width:20rem'>"
+    return f"<figure>{picture}<figcaption>{_text(clip.note)}</figcaption></figure>"
 
 
 def _stages(stages: Sequence[StageTime]) -> str:

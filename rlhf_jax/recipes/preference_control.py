@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.typing import ArrayLike
 
 from rlhf_jax import ensembles, environments, masking
 from rlhf_jax.advantages import gae_with_truncation
@@ -25,7 +26,20 @@ from rlhf_jax.environments import Environment, Trajectory
 from rlhf_jax.feedback import teachers
 from rlhf_jax.models import control
 
-__all__ = ["Config", "Learner", "Segments", "acting", "ask", "cut", "human_reward", "learn", "networks", "turn"]
+__all__ = [
+    "Config",
+    "Learner",
+    "Segments",
+    "acting",
+    "ask",
+    "cut",
+    "human_reward",
+    "learn",
+    "networks",
+    "one_round",
+    "start",
+    "turn",
+]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -110,7 +124,7 @@ def cut(play: Trajectory, key: Array, *, count: int, length: int) -> tuple[Segme
     return Segments(part.observations, part.outcomes, part.actions, mask), part.rewards
 
 
-def ask(learner: Learner, play: Trajectory, turn: Array, key: Array, config: Config) -> Learner:
+def ask(learner: Learner, play: Trajectory, turn: ArrayLike, key: Array, config: Config) -> Learner:
     """The scripted teacher compares the pairs, of four times as many, on which the ensemble disagrees most."""
     first_key, second_key, teacher_key, fit_key = jax.random.split(key, 4)
     count, scores = 4 * config.pairs, jax.vmap(learner.judges.apply_fn, (0, None))
@@ -136,7 +150,7 @@ def ask(learner: Learner, play: Trajectory, turn: Array, key: Array, config: Con
     def step(judge: Any, key: Array) -> tuple[Any, Array]:
         rows = jax.random.randint(key, (32,), 0, (turn + 1) * config.pairs)
         batch = teachers.preference_batch(*jax.tree.map(lambda x: x[rows], stored))
-        judge, metrics = reward_model.update(judge, batch, config=reward_model.Config(centering=0.0))
+        judge, metrics = reward_model.update(judge, batch, config=reward_model.Config(centring=0.0))
         return judge, metrics["reward/accuracy"]
 
     keys = jax.vmap(lambda key: jax.random.split(key, config.judge_steps))(jax.random.split(fit_key, config.members))
@@ -173,6 +187,41 @@ def turn(
     return learner._replace(agent=agent, games=games), returned
 
 
+def start(key: Array, game: Environment, config: Config) -> Learner:
+    """A learner that has seen and been told nothing; `key` is consumed."""
+    network, scorer = networks(game, config)
+    agent_key, judge_key, game_key = jax.random.split(key, 3)
+    seen, action = jnp.zeros((1, *game.observation_shape)), jnp.zeros(1, jnp.int32)
+    adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.rate))
+    agent = actor_critic.init(network.init(agent_key, seen)["params"], control.actor_critic(network), adam)
+    start_judge = lambda key: reward_model.init(
+        scorer.init(key, seen, seen, action)["params"], segment_score(scorer), optax.adam(config.rate)
+    )
+    shape = (config.rounds * config.pairs, config.segment)
+    board = jnp.zeros((*shape, *game.observation_shape))
+    empty = Segments(board, board, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
+    answers = teachers.Answers(jnp.zeros(shape[0]), jnp.zeros(shape[0], bool))
+    judges = jax.vmap(start_judge)(jax.random.split(judge_key, config.members))
+    return Learner(agent, judges, empty, empty, answers, environments.reset(game, game_key, batch=config.batch))
+
+
+def one_round(
+    learner: Learner, index: ArrayLike, key: Array, game: Environment, config: Config, *, true: bool = False
+) -> tuple[Learner, Array]:
+    """Round number `index`: questions, then turns of play and learning; a checkpoint may come between two rounds.
+
+    Returns:
+      The learner, and [turns] true return per finished episode.
+    """
+    play_key, ask_key, turns_key = jax.random.split(key, 3)
+    if not true:
+        policy = acting(networks(game, config)[0], learner.agent.train.params)
+        games, play = environments.rollout(game, policy, learner.games, play_key, steps=config.steps)
+        learner = ask(learner._replace(games=games), play, index, ask_key, config)
+    step = lambda learner, key: turn(learner, key, game, config, true=true)
+    return jax.lax.scan(step, learner, jax.random.split(turns_key, config.turns))
+
+
 def learn(key: Array, game: Environment, config: Config, *, true: bool = False) -> tuple[Learner, Array]:
     """Preference RL from a key; with `true` the same actor-critic on the true reward, for comparison.
 
@@ -184,32 +233,8 @@ def learn(key: Array, game: Environment, config: Config, *, true: bool = False) 
     Returns:
       The learner, and [rounds * turns] true return per finished episode of every turn.
     """
-    network, scorer = networks(game, config)
-    agent_key, judge_key, game_key, loop_key = jax.random.split(key, 4)
-    seen, action = jnp.zeros((1, *game.observation_shape)), jnp.zeros(1, jnp.int32)
-    adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.rate))
-    agent = actor_critic.init(network.init(agent_key, seen)["params"], control.actor_critic(network), adam)
-    start_judge = lambda key: reward_model.init(
-        scorer.init(key, seen, seen, action)["params"], segment_score(scorer), optax.adam(config.rate)
-    )
-    shape, boards = (config.rounds * config.pairs, config.segment), game.observation_shape
-    board = jnp.zeros((*shape, *boards))
-    empty = Segments(board, board, jnp.zeros(shape, jnp.int32), jnp.zeros(shape, bool))
-    answers = teachers.Answers(jnp.zeros(shape[0]), jnp.zeros(shape[0], bool))
-    judges = jax.vmap(start_judge)(jax.random.split(judge_key, config.members))
-    games = environments.reset(game, game_key, batch=config.batch)
-
-    def one_round(learner: Learner, xs: tuple[Array, Array]) -> tuple[Learner, Array]:
-        index, key = xs
-        play_key, ask_key, turns_key = jax.random.split(key, 3)
-        policy = acting(network, learner.agent.train.params)
-        if not true:
-            games, play = environments.rollout(game, policy, learner.games, play_key, steps=config.steps)
-            learner = ask(learner._replace(games=games), play, index, ask_key, config)
-        step = lambda learner, key: turn(learner, key, game, config, true=true)
-        return jax.lax.scan(step, learner, jax.random.split(turns_key, config.turns))
-
-    start = Learner(agent, judges, empty, empty, answers, games)
-    rounds = (jnp.arange(config.rounds), jax.random.split(loop_key, config.rounds))
-    learner, curve = jax.lax.scan(one_round, start, rounds)
+    start_key, loop_key = jax.random.split(key)
+    go = lambda learner, xs: one_round(learner, xs[0], xs[1], game, config, true=true)
+    rounds = (jnp.arange(config.rounds), jax.vmap(jax.random.fold_in, (None, 0))(loop_key, jnp.arange(config.rounds)))
+    learner, curve = jax.lax.scan(go, start(start_key, game, config), rounds)
     return learner, curve.reshape(-1)
