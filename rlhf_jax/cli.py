@@ -3,6 +3,7 @@
 import argparse
 import contextlib
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -82,7 +83,8 @@ def quickstart(options: argparse.Namespace) -> int:
             run_quickstart(out, settings, tiny=options.tiny, resume=options.resume, console=console)
         except Interrupted:
             again = ["rlhf-jax quickstart", *(["--tiny"] if options.tiny else []), f"--seed {options.seed}"]
-            console.say(f"Saved in {out}. Go on with: {' '.join(again)} --out {out} --resume")
+            again += [f"--devices {options.devices}"] if options.devices else []
+            console.say(f"Saved in {out}. Go on with: {' '.join(again)} --out {shlex.quote(str(out))} --resume")
             return 130
         console.say(f"Report: {(out / 'report.html').resolve()}")
     return 0

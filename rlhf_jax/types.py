@@ -49,6 +49,7 @@ class Rollout:
     log_probs: Array  # [B, R] float32, of the generated tokens under the distribution sampled from (warped)
     raw_log_probs: Array  # [B, R] float32, of the same tokens under the unwarped model
     trunk: Array | None = None  # [B, P + R, D] activations entering the tapped layer, if one was
+    hidden: Array | None = None  # [B, R, D] final hidden states that predicted the response, if they were kept
 
     @property
     def prompt_length(self) -> int:

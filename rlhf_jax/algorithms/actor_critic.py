@@ -16,7 +16,6 @@ import functools
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -28,7 +27,8 @@ from rlhf_jax import advantages as advantage_functions
 from rlhf_jax import kl, masking, rewards
 from rlhf_jax.losses import policy, value
 from rlhf_jax.masking import Totals
-from rlhf_jax.training.gradients import loss_and_gradients, split_rows
+from rlhf_jax.training.epochs import run_epochs
+from rlhf_jax.training.gradients import loss_and_gradients
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import ActorCritic
 
@@ -77,7 +77,7 @@ def init(
     *,
     kl_coefficient: ArrayLike = 0.15,
 ) -> State:
-    """The state to start from; `params` are the trained parameters of actor and critic together."""
+    """The state to start from; `params` is the dict of trained parameters, of actor and critic together."""
     return State(TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer), kl.init_adaptive_kl(kl_coefficient))
 
 
@@ -201,16 +201,7 @@ def update_epochs(
 ) -> tuple[State, dict[str, Array]]:
     """All steps of one turn: `epochs` passes in a fresh random order, each in `minibatches` steps; metrics averaged.
 
-    `key` is consumed; under a mapped axis give each device its own. B must be divisible by `minibatches`.
+    `key` is consumed; under a mapped axis give each device its own. See `training.epochs.run_epochs`.
     """
-
-    def epoch(state: State, key: Array) -> tuple[State, dict[str, Array]]:
-        if minibatches == 1:
-            return update(state, batch, config=config, frozen=frozen, axis_name=axis_name)
-        order = jax.random.permutation(key, batch.mask.shape[0])
-        shuffled = jax.tree.map(lambda x: x[order], batch)
-        step = lambda state, rows: update(state, rows, config=config, frozen=frozen, axis_name=axis_name)
-        return jax.lax.scan(step, state, split_rows(shuffled, minibatches))
-
-    state, metrics = jax.lax.scan(epoch, state, jax.random.split(key, epochs))
-    return state, jax.tree.map(jnp.mean, metrics)
+    step = functools.partial(update, config=config, frozen=frozen, axis_name=axis_name)
+    return run_epochs(step, state, batch, key, epochs=epochs, minibatches=minibatches)

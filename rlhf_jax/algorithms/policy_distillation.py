@@ -10,7 +10,7 @@ rewards equal w = 1, and it is plain distillation, whose optimum is π_T.
 
 Few samples carry most of w. Rows drawn with probability ∝ (1 + w) / 2 instead, from the teacher and its
 human-reweighted target in equal parts, with importance 2 / (1 + w), have the same expectation and bounded coefficients:
-see `proposal`.
+see `proposal` and `draw_rows`.
 
 `apply_fn(params, inputs) -> Distilled` compares the student with the teacher; `rlhf_jax.models.policies` makes one for
 language models in which teacher and student are hidden states and output tables.
@@ -20,6 +20,7 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -33,7 +34,7 @@ from rlhf_jax.training.gradients import loss_and_gradients
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import Distilled
 
-__all__ = ["Batch", "Config", "init", "loss", "proposal", "update"]
+__all__ = ["Batch", "Config", "draw_rows", "init", "loss", "proposal", "update"]
 
 
 @struct.dataclass
@@ -68,6 +69,29 @@ def proposal(human_weights: Array) -> tuple[Array, Array]:
     """
     mixed = 1.0 + human_weights
     return mixed / jnp.sum(mixed), 2.0 / mixed
+
+
+def draw_rows(key: Array, probabilities: Array, count: int) -> Array:
+    """Systematic sampling: row i is drawn ⌊count pᵢ⌋ or ⌈count pᵢ⌉ times, count pᵢ on average, in random order.
+
+    The mean over the rows is as unbiased as with independent draws, and varies less.
+
+    Args:
+      key: consumed.
+      probabilities: [N], of sum 1.
+      count: rows to draw.
+    Returns:
+      [count] int32 rows.
+
+    Reference: Kitagawa 1996, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models".
+
+    >>> jnp.bincount(draw_rows(jax.random.key(0), jnp.array([0.25, 0.75]), 4)).tolist()
+    [1, 3]
+    """
+    place, order = jax.random.split(key)
+    points = (jnp.arange(count) + jax.random.uniform(place)) / count
+    rows = jnp.searchsorted(jnp.cumsum(probabilities), points, side="right")
+    return jax.random.permutation(order, jnp.minimum(rows, len(probabilities) - 1).astype(jnp.int32))
 
 
 def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.GradientTransformation) -> TrainState:

@@ -14,7 +14,8 @@ from flax.training.train_state import TrainState
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.losses.reward_model import bradley_terry
+from rlhf_jax import masking
+from rlhf_jax.losses.reward_model import bradley_terry, centring
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.gradients import loss_and_gradients
 from rlhf_jax.training.state import merge_params
@@ -28,7 +29,7 @@ class Config:
     """Weights of the terms."""
 
     label_smoothing: ArrayLike = 0.0  # believed share of comparisons that are mistakes
-    centering: ArrayLike = 0.01  # weight of the mean squared sum of both scores, which fixes their origin
+    centring: ArrayLike = 0.01  # weight of (r_chosen + r_rejected)²: fixes the origin, and shrinks differences a little
 
     def __post_init__(self) -> None:
         if isinstance(self.label_smoothing, (int, float)) and not 0 <= self.label_smoothing < 0.5:
@@ -41,13 +42,18 @@ def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientT
 
 
 def loss(params: Any, apply_fn: Callable[..., Array], batch: PreferenceBatch, *, config: Config) -> dict[str, Totals]:
-    """Bradley-Terry loss per pair, -log σ(r_chosen - r_rejected), and the centring term (r_chosen + r_rejected)²."""
+    """Bradley-Terry loss per pair, -log σ(r_chosen - r_rejected), and the centring term (r_chosen + r_rejected)².
+
+    A pair of weight 0 counts for nothing, whatever its scores are.
+    """
     both = jax.tree.map(lambda chosen, rejected: jnp.concatenate([chosen, rejected]), batch.chosen, batch.rejected)
     chosen, rejected = jnp.split(apply_fn(params, both), 2)
-    weighted = lambda x: Totals(jnp.sum(batch.weight * x), jnp.sum(batch.weight))
+    counts = batch.weight > 0
+    chosen, rejected, weight = masking.zero_outside(counts, chosen, rejected, batch.weight)
+    weighted = lambda x: Totals(jnp.sum(weight * x), jnp.sum(weight))
     return {
         "reward/loss": weighted(bradley_terry(chosen, rejected, label_smoothing=config.label_smoothing)),
-        "reward/centering": weighted(jnp.square(chosen + rejected)),
+        "reward/centring": weighted(centring(chosen, rejected)),
         "reward/accuracy": weighted((chosen > rejected).astype(jnp.float32)),
     }
 
@@ -66,7 +72,7 @@ def update(
     def terms(params: Any, rows: PreferenceBatch) -> dict[str, Totals]:
         return loss(params if frozen is None else merge_params(params, frozen), state.apply_fn, rows, config=config)
 
-    weights = {"reward/loss": 1.0, "reward/centering": config.centering}
+    weights = {"reward/loss": 1.0, "reward/centring": config.centring}
     grads, metrics = loss_and_gradients(
         terms, state.params, batch, weights=weights, axis_name=axis_name, microbatches=microbatches
     )

@@ -33,7 +33,8 @@ class _Turn(NamedTuple):
     mask: Array  # [B, R]
     log_probs: Array  # [B, R]
     raw_log_probs: Array  # [B, R]
-    hidden: Array | None  # [B, P + R, D]
+    trunk: Array | None  # [B, P + R, D]
+    hidden: Array | None  # [B, R, D]
 
 
 def generate(
@@ -49,6 +50,7 @@ def generate(
     warp: Warp | None = None,
     choose: Choose = categorical,
     tap: int | None = None,
+    keep_hidden: bool = False,
     rules: Rules | None = None,
     stop: Stop | None = None,
     samples: int = 1,
@@ -70,6 +72,8 @@ def generate(
       choose: draws tokens [B] from (keys [B], logits [B, V]): `categorical` or `greedy`.
       tap: also returns every slot's activations entering this layer, for heads that share the trunk: a critic's values
         are ``critic(response_states(rollout.trunk, prompt_length=P))``, without another pass through the trunk.
+      keep_hidden: also returns the final hidden states that the tokens were drawn from, as a distillation's teacher
+        needs them; `logprobs.response_states` of a forward pass over the same tokens are the same.
       rules: (logits, `History`) -> logits, applied before `warp`: penalties and bans that depend on what was written.
       stop: `History` that ends with the new token -> [B] bool: ends a row as the end token does.
       samples: G, continuations of each prompt, which is read once. Rows g = 0 .. G-1 of prompt b are b · G + g.
@@ -88,15 +92,16 @@ def generate(
     call = lambda tokens, mask, cache, **kw: model.apply({"params": params}, tokens, mask, cache=cache, tap=tap, **kw)
 
     cache = init_cache(model.config, rows, capacity) if read is None else grow(model, read.cache, capacity)
-    hidden = None if tap is None else jnp.zeros((rows, capacity, model.config.width))
+    states = lambda slots: jnp.zeros((rows, slots, model.config.width))
+    trunk = None if tap is None else states(capacity)
 
-    def keep(hidden: Array | None, tapped: Array | None, slot: ArrayLike) -> Array | None:
-        if hidden is None or tapped is None:
-            return hidden
-        return jax.lax.dynamic_update_slice_in_dim(hidden, tapped, slot, axis=1)
+    def keep(kept: Array | None, states: Array | None, slot: ArrayLike) -> Array | None:
+        if kept is None or states is None:
+            return kept
+        return jax.lax.dynamic_update_slice_in_dim(kept, states, slot, axis=1)
 
     if read is not None:
-        hidden = keep(hidden, read.trunk, 0)
+        trunk = keep(trunk, read.trunk, 0)
 
     def turn(state: _Turn) -> _Turn:
         out = call(state.token[:, None], state.fed[:, None], state.cache)
@@ -122,7 +127,8 @@ def generate(
             mask=write(state.mask, state.alive),
             log_probs=write(state.log_probs, drawn.log_prob),
             raw_log_probs=write(state.raw_log_probs, drawn.raw_log_prob),
-            hidden=keep(state.hidden, out.tap, state.cache.length),
+            trunk=keep(state.trunk, out.tap, state.cache.length),
+            hidden=keep(state.hidden, jnp.where(state.alive[:, None, None], out.hidden, 0), state.step),
         )
 
     remembers = rules is not None or stop is not None
@@ -140,19 +146,21 @@ def generate(
         mask=jnp.zeros((rows, length), bool),
         log_probs=empty,
         raw_log_probs=empty,
-        hidden=hidden,
+        trunk=trunk,
+        hidden=states(length) if keep_hidden else None,
     )
     state = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), turn, state)
     if tap is not None:  # the last token has been sampled but not yet been read by the trunk
         last = call(state.token[:, None], state.fed[:, None], state.cache, last=tap)
-        state = state._replace(hidden=keep(state.hidden, last.hidden, state.cache.length))
+        state = state._replace(trunk=keep(state.trunk, last.hidden, state.cache.length))
     return Rollout(
         tokens=jnp.concatenate([prompts, state.tokens], axis=1),
         mask=jnp.concatenate([prompt_mask, state.mask], axis=1),
         response_mask=state.mask,
         log_probs=state.log_probs,
         raw_log_probs=state.raw_log_probs,
-        trunk=state.hidden,
+        trunk=state.trunk,
+        hidden=state.hidden,
     )
 
 

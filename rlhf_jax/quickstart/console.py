@@ -134,10 +134,10 @@ class Console:
         self._settle()
 
     def say(self, text: str = "") -> None:
-        """Prints a line; above the bars while a stage is running, below those that have ended."""
+        """Prints a line, unbroken so that it can be copied; above the bars of a running stage, below ended ones."""
         if not self._running:
             self._settle()
-        self._rich.print(Text(printable(text)))
+        self._rich.print(Text(printable(text)), soft_wrap=True)
 
     @contextlib.contextmanager
     def stage(self, name: str, total: int, *, start: int = 0, unit: str = "steps") -> Iterator[Stage]:

@@ -90,29 +90,47 @@ def adam(rate: float, steps: int) -> optax.GradientTransformation:
     return optax.chain(optax.clip_by_global_norm(1.0), optax.adam(schedule, eps=1e-5))
 
 
-def continue_with(run: Run, policy: Policy, tap: int | None) -> Callable[..., Rollout]:
-    """(trained, frozen, prompts, mask, keys) -> Rollout."""
+def continue_with(
+    run: Run, policy: Policy, tap: int | None = None, *, keep_hidden: bool = False
+) -> Callable[..., Rollout]:
+    """(trained, frozen, prompts, mask, keys) -> Rollout; policies of one network share its compiled program."""
     tokenizer, length = run.material.tokenizer, run.settings.response_length
-
-    def program(trained: dict, frozen: dict, tokens: Array, mask: Array, keys: Array) -> Rollout:
-        return generate(
-            policy.model,
-            merge_params(trained, frozen),
-            tokens,
-            mask,
-            keys,
-            length=length,
-            end_token=tokenizer.eos_id,
-            pad_token=tokenizer.eos_id,
-            tap=tap,
-        )
-
-    return program
+    return functools.partial(_generate, policy.model, length, tokenizer.eos_id, tap, keep_hidden)
 
 
-def continuations(run: Run, policy: Policy, beginnings: Tokens, key: Array, *, tap: int | None = None) -> list[Rollout]:
+@functools.partial(jax.jit, static_argnums=range(5))
+def _generate(
+    model: Transformer,
+    length: int,
+    end_token: int,
+    tap: int | None,
+    keep_hidden: bool,
+    trained: dict,
+    frozen: dict,
+    tokens: Array,
+    mask: Array,
+    keys: Array,
+) -> Rollout:
+    params = merge_params(trained, frozen)
+    return generate(
+        model,
+        params,
+        tokens,
+        mask,
+        keys,
+        length=length,
+        end_token=end_token,
+        pad_token=end_token,
+        tap=tap,
+        keep_hidden=keep_hidden,
+    )
+
+
+def continuations(
+    run: Run, policy: Policy, beginnings: Tokens, key: Array, *, tap: int | None = None, keep_hidden: bool = False
+) -> list[Rollout]:
     """Continues every beginning once; batches of ROWS rows, the last one filled up with repetitions."""
-    program = jax.jit(continue_with(run, policy, tap))
+    program = continue_with(run, policy, tap, keep_hidden=keep_hidden)
     keys = jax.random.split(key, len(beginnings.tokens))
     batches = []
     for start in range(0, len(beginnings.tokens), ROWS):

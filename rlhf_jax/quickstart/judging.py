@@ -1,5 +1,6 @@
 """The stage "judging": held-out prefixes continued by each policy, scored by a judge that training never touched."""
 
+import functools
 from typing import NamedTuple
 
 import jax
@@ -9,7 +10,7 @@ from jax import Array
 
 from rlhf_jax import kl, masking
 from rlhf_jax.logprobs import head_log_probs, response_states
-from rlhf_jax.models.transformer import output_table
+from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.quickstart.context import Policy, Run, continuations
 from rlhf_jax.quickstart.material import Tokens, prompts
 from rlhf_jax.quickstart.rewards import RewardModels, score
@@ -31,23 +32,17 @@ class Judged(NamedTuple):
 
 
 def judged(run: Run, policy: Policy, base: Policy, models: RewardModels, key: Array) -> Judged:
-    """Continues held-out prefixes of the judge's half and lets the judge score the result."""
+    """Continues held-out prefixes of the judge's half and lets the judge score the result.
+
+    A policy on the base model's trunk has left the judge's activations behind while it generated.
+    """
     settings, tokenizer = run.settings, run.material.tokenizer
     pool = prompts(run.material, run.material.judge, settings.prompt_length)
     beginnings = Tokens(pool.tokens[: settings.eval_prompts], pool.mask[: settings.eval_prompts])
-
-    @jax.jit
-    def look(trained: dict, frozen: dict, judge: dict, rollout: Rollout) -> tuple[Array, Array]:
-        """The judge's scores, and Σ log π - log π_base, in one pass of the base model."""
-        params = merge_params(trained, frozen)
-        out = base.model.apply({"params": params}, rollout.tokens, rollout.mask, tap=settings.judge_layer)
-        states = response_states(out.hidden, prompt_length=settings.prompt_length)
-        reference = head_log_probs(states, output_table(params), rollout.responses)
-        distance = kl.k1(*masking.zero_outside(rollout.response_mask, rollout.raw_log_probs, reference))
-        return score(judge, out.tap, rollout.mask), jnp.sum(distance, axis=-1)
-
-    batches = continuations(run, policy, beginnings, key)
-    looked = [jax.device_get(look(base.trained, base.frozen, models.judge, rollout)) for rollout in batches]
+    same_trunk = policy.model == base.model
+    batches = continuations(run, policy, beginnings, key, tap=settings.judge_layer if same_trunk else None)
+    look = functools.partial(_look, base.model, settings.judge_layer, settings.prompt_length)
+    looked = jax.device_get([look(base.trained, base.frozen, models.judge, rollout) for rollout in batches])
     rows = [
         row for b in jax.device_get(batches) for row in zip(b.tokens, b.mask, b.responses, b.response_mask, strict=True)
     ]
@@ -61,3 +56,17 @@ def judged(run: Run, policy: Policy, base: Policy, models: RewardModels, key: Ar
         responses=responses,
         reference_kl=np.concatenate([distance for _, distance in looked])[: len(rows)],
     )
+
+
+@functools.partial(jax.jit, static_argnums=range(3))
+def _look(
+    model: Transformer, layer: int, prompt_length: int, trained: dict, frozen: dict, judge: dict, rollout: Rollout
+) -> tuple[Array, Array]:
+    """The judge's scores, and Σ log π - log π_base, in one pass of the base model, or of its upper layers."""
+    params, kept = merge_params(trained, frozen), rollout.trunk is not None
+    start, first = (rollout.trunk, layer) if kept else (rollout.tokens, 0)
+    out = model.apply({"params": params}, start, rollout.mask, first=first, tap=layer)
+    states = response_states(out.hidden, prompt_length=prompt_length)
+    reference = head_log_probs(states, output_table(params), rollout.responses)
+    distance = kl.k1(*masking.zero_outside(rollout.response_mask, rollout.raw_log_probs, reference))
+    return score(judge, out.tap, rollout.mask), jnp.sum(distance, axis=-1)

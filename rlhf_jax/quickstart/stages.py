@@ -5,7 +5,6 @@ A stage takes what earlier stages made and returns what later ones need; `Run.lo
 
 import dataclasses
 import functools
-from collections.abc import Iterable
 from typing import Any, NamedTuple
 
 import jax
@@ -15,7 +14,6 @@ import optax
 from jax import Array
 
 from rlhf_jax.algorithms import actor_critic, policy_distillation, sft
-from rlhf_jax.logprobs import response_states
 from rlhf_jax.losses.human_distillation import human_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
@@ -68,7 +66,7 @@ def base_model(run: Run) -> Policy:
         batch = sft.Batch(TokenInputs(tokens, mask), mask[:, 1:])
         return update(state, run.split_rows(batch), frozen=frozen)
 
-    state = run.loop("base model", step, state, settings.base_steps)
+    state = run.loop("base model", step, run.copy_everywhere(state), settings.base_steps)
     upper, trunk = split_params(merge_params(state.params, frozen), layers_from(settings.trunk))
     return Policy(run.model, upper, trunk)
 
@@ -80,29 +78,19 @@ def teacher_samples(run: Run, base: Policy, models: RewardModels) -> Samples:
     rows = np.resize(run.rng(4).permutation(len(pool.tokens)), settings.teacher_samples)
     first = settings.student_from
     beginnings = Tokens(pool.tokens[rows], pool.mask[rows])
-    batches = continuations(run, base, beginnings, run.key(4), tap=first or None)
+    batches = continuations(run, base, beginnings, run.key(4), tap=first or None, keep_hidden=True)
 
     @jax.jit
-    def look(trained: dict, frozen: dict, reward: dict, rollout: Rollout) -> tuple[Array, Array, Array]:
-        params, start = merge_params(trained, frozen), rollout.trunk if first else rollout.tokens
-        out = base.model.apply({"params": params}, start, rollout.mask, first=first, tap=settings.trunk)
-        states = response_states(out.hidden, prompt_length=settings.prompt_length)
-        return states, out.tap[:, settings.prompt_length - 1], score(reward, out.tap, rollout.mask)
+    def look(trunk: dict, reward: dict, rollout: Rollout) -> tuple[Array, Array]:
+        start = rollout.trunk if first else rollout.tokens
+        states = base.model.apply({"params": trunk}, start, rollout.mask, first=first, last=settings.trunk).hidden
+        return states[:, settings.prompt_length - 1], score(reward, states, rollout.mask)
 
-    looked = [jax.device_get(look(base.trained, base.frozen, models.reward, rollout)) for rollout in batches]
-
-    def gather(parts: Iterable[Any]) -> Any:
-        return np.concatenate([np.asarray(part) for part in parts])[: settings.teacher_samples]
-
-    return Samples(
-        TokenInputs(
-            gather(b.tokens for b in batches),
-            gather(b.mask for b in batches),
-            gather(b.trunk for b in batches) if first else None,
-        ),
-        gather(b.response_mask for b in batches),
-        *(gather(column) for column in zip(*looked, strict=True)),
-    )
+    looked = jax.device_get([(rollout, look(base.frozen, models.reward, rollout)) for rollout in batches])
+    rollouts, views = zip(*looked, strict=True)
+    everything = jax.tree.map(lambda *parts: np.concatenate(parts)[: settings.teacher_samples], *rollouts)
+    prefix_state, scores = (np.concatenate(parts)[: settings.teacher_samples] for parts in zip(*views, strict=True))
+    return Samples(everything.inputs, everything.response_mask, everything.hidden, prefix_state, scores)
 
 
 def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tuple[Policy, dict]:
@@ -161,7 +149,7 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tup
         data = run.split_rows((pool.tokens[rows], pool.mask[rows], keys))
         return program(state, base.trained, base.frozen, models.reward, *data, run.key(3, index, 1))
 
-    state = run.loop("AC-HF", step, state, settings.turns)
+    state = run.loop("AC-HF", step, run.copy_everywhere(state), settings.turns)
     return base._replace(trained=state.train.params["actor"]), state.train.params["critic"]
 
 
@@ -192,16 +180,17 @@ def policy_distillation_students(run: Run, base: Policy, critic: dict, samples: 
             {"student": jax.tree.map(jnp.copy, start)}, apply_fn, adam(settings.student_rate, steps)
         )
         probabilities, importance = policy_distillation.proposal(weights)
+        drawn = policy_distillation.draw_rows(run.key(5, number), probabilities, steps * settings.student_batch)
+        order = np.asarray(drawn).reshape(steps, -1)
 
         def step(state, index):
-            rows = run.rng(5, number, index).choice(len(weights), settings.student_batch, p=np.asarray(probabilities))
             taught = policies.TeacherInputs(samples.inputs, samples.teacher_hidden)
             everything = policy_distillation.Batch(taught, samples.response_mask, weights, importance)
-            batch = jax.tree.map(lambda x: np.asarray(x)[rows], everything)
+            batch = jax.tree.map(lambda x: np.asarray(x)[order[index]], everything)
             fixed = {"student": frozen, "teacher_table": teacher_table}
             return update(state, run.split_rows(batch), frozen=fixed)
 
-        return run.loop(stage, step, state, steps).params["student"]
+        return run.loop(stage, step, run.copy_everywhere(state), steps).params["student"]
 
     start = learn("PD: common start", 0, trained, everyone, settings.start_steps)
     plain = learn("PD without human reward", 1, start, everyone, settings.student_steps)

@@ -42,9 +42,11 @@ def run_epochs(
     """
     if epochs < 1:
         raise ValueError(f"epochs must be at least 1, got {epochs}")
+    rows = len(jax.tree.leaves(batch)[0])
+    if minibatches < 1 or rows % minibatches:
+        raise ValueError(f"minibatches must divide the rows of batch, got minibatches={minibatches}, B={rows}")
     if epochs == minibatches == 1:
         return step(state, batch)
-    rows = len(jax.tree.leaves(batch)[0])
 
     def epoch(state: State, key: Array) -> tuple[State, dict[str, Array]]:
         if minibatches == 1:

@@ -293,13 +293,13 @@ def win_probabilities(scores):
 
 
 def test_the_reward_model_recovers_the_differences_of_rewards_from_samples():
-    scores = for_all_seeds(lambda given, key: fit_rewards(sampled_comparisons(given, key), steps=200, centering=0.0))
+    scores = for_all_seeds(lambda given, key: fit_rewards(sampled_comparisons(given, key), steps=200, centring=0.0))
     error = jnp.abs(win_probabilities(scores) - win_probabilities(PROBLEMS.rewards))
     assert error.max() <= TOLERANCE
 
 
 def test_without_luck_the_reward_model_recovers_them_exactly():
-    scores = for_all_seeds(lambda given, key: fit_rewards(all_comparisons(given, key), steps=300, centering=0.0))
+    scores = for_all_seeds(lambda given, key: fit_rewards(all_comparisons(given, key), steps=300, centring=0.0))
     np.testing.assert_allclose(centred(scores), centred(PROBLEMS.rewards), atol=5e-3)
 
 

@@ -34,7 +34,7 @@ def warped(logits):
     return warpers.top_p(warpers.temperature(logits, 0.7), 0.8)
 
 
-STATIC = ("model", "length", "warp", "choose", "tap", "rules", "stop", "samples")
+STATIC = ("model", "length", "warp", "choose", "tap", "keep_hidden", "rules", "stop", "samples")
 
 
 @functools.partial(jax.jit, static_argnames=STATIC)
@@ -73,10 +73,11 @@ def test_sampler_equals_scorer(family, warp):
 
 def test_sampler_equals_the_chunked_head_that_losses_use(llama):
     model, params = llama
-    rollout = run(model, params, *ragged_prompts(), KEYS)
+    rollout = run(model, params, *ragged_prompts(), KEYS, keep_hidden=True)
     hidden = response_states(
         model.apply({"params": params}, rollout.tokens, rollout.mask).hidden, prompt_length=rollout.prompt_length
     )
+    assert_close_where(rollout.response_mask, rollout.hidden, hidden)
     assert_close_where(
         rollout.response_mask, rollout.log_probs, head_log_probs(hidden, output_table(params), rollout.responses)
     )
@@ -94,6 +95,7 @@ def test_tapped_rollout_equals_the_untapped_one(llama):
     model, params = llama
     plain, tapped = (run(model, params, *ragged_prompts(), KEYS, tap=tap) for tap in (None, 2))
     assert plain.trunk is None
+    assert plain.hidden is None
     np.testing.assert_array_equal(plain.tokens, tapped.tokens)
     np.testing.assert_allclose(plain.log_probs, tapped.log_probs, rtol=1e-5, atol=1e-5)
 

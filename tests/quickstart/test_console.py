@@ -92,6 +92,15 @@ def test_downloads_are_shown_in_megabytes_with_what_is_being_done(clock):
 
 
 @pytest.mark.parametrize("make", [plain, live])
+def test_a_command_to_copy_stays_on_one_line(clock, make):
+    command = "rlhf-jax quickstart --out " + "a-long-folder-name/" * 8 + " --resume"
+    console, file = make(clock)
+    with console:
+        console.say(command)
+    assert command in file.getvalue()
+
+
+@pytest.mark.parametrize("make", [plain, live])
 def test_an_interrupted_stage_says_where_it_stopped(clock, make):
     console, file = make(clock)
 

@@ -4,6 +4,7 @@ import dataclasses
 import io
 import json
 import re
+import shlex
 
 import jax
 import numpy as np
@@ -177,3 +178,16 @@ def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch, tmp_path):
     assert message.startswith("rlhf-jax: ")
     assert "cannot be used: Not a directory" in message
     assert len(message.splitlines()) == 1
+
+
+def test_the_command_that_resumes_repeats_every_option(tmp_path, monkeypatch, capsys):
+    def interrupted(*_args, **_options):
+        raise Interrupted(3, saved=True)
+
+    monkeypatch.setattr("rlhf_jax.quickstart.run.quickstart", interrupted)
+    out = tmp_path / "my runs"
+    options = ["quickstart", "--tiny", "--seed", "3", "--devices", "2", "--out", str(out)]
+    assert cli.main(options) == 130
+    told = capsys.readouterr().out
+    command = shlex.split(told[told.index("rlhf-jax") :])
+    assert command == ["rlhf-jax", *options, "--resume"]
