@@ -39,11 +39,12 @@ def plan_chunks(size: int, rows: int, chunk: int | None) -> Plan:
 
 
 class Head(NamedTuple):
-    """Rows of logits that are not computed yet: scale * hidden · table."""
+    """Rows of logits that are not computed yet: scale * hidden · table, or scale * cap * tanh(hidden · table / cap)."""
 
     hidden: Array  # [N, D]
     table: Array  # [V, D], or [D, V] if axis is 1
     scale: Array  # [] 1 / temperature
+    cap: Array | None  # [] soft cap of the products; None leaves them alone
     axis: int  # where the vocabulary lies in the table; static
 
     @property
@@ -52,10 +53,20 @@ class Head(NamedTuple):
         return jnp.result_type(jnp.float32, self.hidden, self.table)
 
 
+Parts = tuple[Array, Array, Array, Array | None]
+"""Hidden states, table, scale and cap of a head: what of it may be traced."""
+
+
 def make_head(
-    hidden: Array, table: Array, temperature: ArrayLike, vocabulary_axis: int, *, name: str = ""
+    hidden: Array,
+    table: Array,
+    temperature: ArrayLike,
+    soft_cap: ArrayLike | None,
+    vocabulary_axis: int,
+    *,
+    name: str = "",
 ) -> tuple[Head, tuple[int, ...]]:
-    """A head with its token axes flattened, and the shape of those axes.
+    """A head with its token axes flattened and its cap stopped, and the shape of those axes.
 
     Raises:
       ValueError: for a table or axis that does not fit, with `name` before the arguments' names.
@@ -73,7 +84,8 @@ def make_head(
         )
     dtype = jnp.result_type(jnp.float32, hidden, table)
     flat = hidden.reshape(-1, hidden.shape[-1])
-    return Head(flat, table, 1.0 / jnp.asarray(temperature, dtype), vocabulary_axis), hidden.shape[:-1]
+    cap = None if soft_cap is None else lax.stop_gradient(jnp.asarray(soft_cap, dtype))
+    return Head(flat, table, 1.0 / jnp.asarray(temperature, dtype), cap, vocabulary_axis), hidden.shape[:-1]
 
 
 def make_heads(
@@ -82,14 +94,18 @@ def make_heads(
     teacher_hidden: Array,
     teacher_table: Array,
     temperature: ArrayLike,
+    soft_cap: ArrayLike | None,
+    teacher_soft_cap: ArrayLike | None,
     vocabulary_axis: int,
     teacher_vocabulary_axis: int | None,
 ) -> tuple[Head, Head, tuple[int, ...]]:
     """The heads of a student and its stopped teacher at one stopped temperature, and the shape of the token axes."""
     temperature = lax.stop_gradient(temperature)
-    student, shape = make_head(hidden, table, temperature, vocabulary_axis)
+    student, shape = make_head(hidden, table, temperature, soft_cap, vocabulary_axis)
     axis = vocabulary_axis if teacher_vocabulary_axis is None else teacher_vocabulary_axis
-    teacher, teacher_shape = make_head(teacher_hidden, teacher_table, temperature, axis, name="teacher_")
+    teacher, teacher_shape = make_head(
+        teacher_hidden, teacher_table, temperature, teacher_soft_cap, axis, name="teacher_"
+    )
     if teacher_shape != shape:
         raise ValueError(f"hidden and teacher_hidden must agree but for the width, got axes {shape}, {teacher_shape}")
     size, teacher_size = student.table.shape[vocabulary_axis], teacher.table.shape[axis]
@@ -116,6 +132,15 @@ class Block(NamedTuple):
     embeddings: Array  # [C, D], or [D, C] if the head's axis is 1
     logits: Array  # [N, C]
     fresh: Array | None  # [C] bool, tokens that no earlier chunk has seen; None if all
+    bend: Array | None  # [N, C] slope of the cap, ∂logit / ∂(scale * product); None without a cap
+
+
+def capped(head: Head, products: Array) -> tuple[Array, Array | None]:
+    """Logits of products hidden · e, and the slope of the head's cap there."""
+    if head.cap is None:
+        return products * head.scale, None
+    bounded = jnp.tanh(products / head.cap)
+    return bounded * (head.cap * head.scale), 1.0 - jnp.square(bounded)
 
 
 def block(plan: Plan, head: Head, index: Array) -> Block:
@@ -131,7 +156,8 @@ def block(plan: Plan, head: Head, index: Array) -> Block:
     )
     ids = start + jnp.arange(plan.chunk)
     overlap = plan.count * plan.chunk != plan.size
-    return Block(ids, embeddings, products * head.scale, ids >= index * plan.chunk if overlap else None)
+    logits, bend = capped(head, products)
+    return Block(ids, embeddings, logits, ids >= index * plan.chunk if overlap else None, bend)
 
 
 def unseen(part: Block, x: Array, fill: ArrayLike) -> Array:
@@ -146,21 +172,30 @@ def fold(plan: Plan, step: Callable[[Carry, Array], Carry], carry: Carry) -> Car
     return lax.scan(lambda c, index: (step(c, index), None), carry, jnp.arange(plan.count, dtype=jnp.int32))[0]
 
 
+def bent(part: Block, weights: Array) -> Array:
+    """Weights [N, C] of logits as weights of the products hidden · e: times the slope of the cap, if there is one."""
+    return weights if part.bend is None else weights * part.bend
+
+
 def mixture(head: Head, weights: Array, embeddings: Array) -> Array:
     """Σ_v weights_v e_v: [N, C] with a chunk of the table -> [N, D]."""
     return lax.dot_general(weights, embeddings.astype(weights.dtype), (((1,), (head.axis,)), ((), ())))
 
 
-def token_embeddings(head: Head, tokens: Array) -> Array:
-    """[N, D] the table's vectors of tokens [N]; NaN for an id outside [0, V)."""
+class Chosen(NamedTuple):
+    """The logits of given tokens, one per row."""
+
+    logits: Array  # [N]
+    slopes: Array  # [N, D] ∂logit / ∂hidden / scale
+
+
+def chosen_tokens(head: Head, tokens: Array) -> Chosen:
+    """Logits of tokens [N] from the table's vectors of them; NaN for an id outside [0, V)."""
     size = head.table.shape[head.axis]
     vectors = jnp.take(head.table, jnp.where(tokens < 0, size, tokens), axis=head.axis, mode="fill", fill_value=jnp.nan)
-    return (vectors if head.axis == 0 else vectors.T).astype(head.dtype)
-
-
-def dot(x: Array, y: Array) -> Array:
-    """[N] dot products of the rows of [N, D] arrays, in y's dtype."""
-    return jnp.sum(x.astype(y.dtype) * y, axis=-1)
+    vectors = (vectors if head.axis == 0 else vectors.T).astype(head.dtype)
+    logits, bend = capped(head, jnp.sum(head.hidden.astype(head.dtype) * vectors, axis=-1))
+    return Chosen(logits, vectors if bend is None else vectors * bend[:, None])
 
 
 class Softmax(NamedTuple):
@@ -212,8 +247,16 @@ class HeadGradient(NamedTuple):
     scale: Array  # []
 
 
+def cap_gradient(cap: Array | None) -> Array | None:
+    """The gradient with respect to a cap, which is a constant of the model."""
+    return None if cap is None else jnp.zeros_like(cap)
+
+
 def scale_gradient(head: Head, hidden_gradient: Array) -> Array:
-    """∂/∂scale from ∂/∂hidden: a function of scale * hidden alone has scale ∂/∂scale = Σ hidden · ∂/∂hidden."""
+    """∂/∂scale from ∂/∂hidden: a function of scale * hidden alone has scale ∂/∂scale = Σ hidden · ∂/∂hidden.
+
+    Not for a head with a cap, whose logits are not a function of that product.
+    """
     products = jnp.where(hidden_gradient != 0, head.hidden.astype(head.dtype) * hidden_gradient, 0.0)
     return jnp.sum(products) / head.scale
 
@@ -228,14 +271,20 @@ def backpropagate(
     """
     rows = jnp.where(used[:, None], head.hidden, 0).astype(head.dtype)
 
-    def step(carry: tuple[Array, Array], index: Array) -> tuple[Array, Array]:
-        hidden, table = carry
+    def step(carry: tuple[Array, Array, Array], index: Array) -> tuple[Array, Array, Array]:
+        hidden, table, scale = carry
         part = block(plan, head, index)
         gradient = jnp.where(used[:, None], logits_gradient(index, part) * head.scale, 0.0)
-        left, right = (gradient, rows) if head.axis == 0 else (rows, gradient)
+        weights = jnp.where(used[:, None], bent(part, gradient), 0.0)
+        left, right = (weights, rows) if head.axis == 0 else (rows, weights)
         columns = lax.dot_general(left, right, (((0,), (0,)), ((), ()))).astype(table.dtype)
         table = lax.dynamic_update_slice_in_dim(table, columns, part.ids[0], head.axis)
-        return hidden + mixture(head, unseen(part, gradient, 0.0), part.embeddings), table
+        if head.cap is not None:
+            products = jnp.where(used[:, None], unseen(part, gradient * part.logits, 0.0), 0.0)
+            scale += jnp.sum(products) / jnp.square(head.scale)
+        return hidden + mixture(head, unseen(part, weights, 0.0), part.embeddings), table, scale
 
-    hidden, table = fold(plan, step, (jnp.zeros(head.hidden.shape, head.dtype), jnp.zeros_like(head.table)))
-    return HeadGradient(hidden.astype(head.hidden.dtype), table, scale_gradient(head, hidden))
+    start = jnp.zeros(head.hidden.shape, head.dtype), jnp.zeros_like(head.table), jnp.zeros((), head.dtype)
+    hidden, table, scale = fold(plan, step, start)
+    scale = scale_gradient(head, hidden) if head.cap is None else scale
+    return HeadGradient(hidden.astype(head.hidden.dtype), table, scale)

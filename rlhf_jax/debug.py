@@ -48,7 +48,12 @@ def check_mask_not_empty(mask: Array) -> None:
 
 
 def check_mask_rows(mask: Array) -> None:
-    """Fails if a row [..., T] has no true slot: such a row is left out of sequence means."""
+    """Fails if a row [..., T] has no true slot: such a row is left out of sequence means.
+
+    >>> error, _ = checkify.checkify(check_mask_rows)(jnp.array([[True], [False]]))
+    >>> print(error.get().splitlines()[0])
+    the mask has 1 empty rows, the first is row 1 (`check` failed)
+    """
     check_mask(mask)
     occupied = jnp.any(mask, axis=-1).reshape(-1)
     checkify.check(
@@ -60,21 +65,36 @@ def check_mask_rows(mask: Array) -> None:
 
 
 def check_responses_right_padded(mask: Array) -> None:
-    """Fails if a response mask [..., R] has a hole or starts late: tokens come first, padding after."""
+    """Fails if a response mask [..., R] has a hole or starts late: tokens come first, padding after.
+
+    >>> error, _ = checkify.checkify(check_responses_right_padded)(jnp.array([[False, True]]))
+    >>> print(error.get().splitlines()[0])
+    row 0 of the response mask has a token after padding (`check` failed)
+    """
     check_mask(mask)
     rows = jnp.any(~mask[..., :-1] & mask[..., 1:], axis=-1).reshape(-1)
     checkify.check(~jnp.any(rows), "row {row} of the response mask has a token after padding", row=jnp.argmax(rows))
 
 
 def check_prompts_left_padded(mask: Array) -> None:
-    """Fails if a prompt mask [..., P] has a hole or padding at its end: padding comes first, tokens after."""
+    """Fails if a prompt mask [..., P] has a hole or padding at its end: padding comes first, tokens after.
+
+    >>> error, _ = checkify.checkify(check_prompts_left_padded)(jnp.array([[True, False]]))
+    >>> print(error.get().splitlines()[0])
+    row 0 of the prompt mask has padding after a token (`check` failed)
+    """
     check_mask(mask)
     rows = jnp.any(mask[..., :-1] & ~mask[..., 1:], axis=-1).reshape(-1)
     checkify.check(~jnp.any(rows), "row {row} of the prompt mask has padding after a token", row=jnp.argmax(rows))
 
 
 def check_finite(x: Array, mask: Array, *, name: str = "x") -> None:
-    """Fails if a counted slot is NaN or infinite."""
+    """Fails if a counted slot is NaN or infinite.
+
+    >>> error, _ = checkify.checkify(check_finite)(jnp.array([0.0, jnp.inf]), jnp.array([True, True]))
+    >>> print(error.get().splitlines()[0])
+    x is not finite in 1 counted slots, the first is flat index 1 (`check` failed)
+    """
     check_mask(mask, x)
     wrong = mask & ~jnp.isfinite(x)
     checkify.check(
@@ -91,12 +111,21 @@ def check_rewards(rewards: Array, mask: Array | None = None) -> None:
     Args:
       rewards: [...] float.
       mask: [...] bool, rewards that count; all by default.
+
+    >>> error, _ = checkify.checkify(check_rewards)(jnp.array([jnp.nan, 1.0]))
+    >>> print(error.get().splitlines()[0])
+    rewards is not finite in 1 counted slots, the first is flat index 0 (`check` failed)
     """
     check_finite(rewards, jnp.ones(rewards.shape, bool) if mask is None else mask, name="rewards")
 
 
 def check_log_probs(log_probs: Array, mask: Array, *, tolerance: ArrayLike = 1e-3) -> None:
-    """Fails if a counted log-prob is NaN, infinite or above 0 (a loss or a probability passed by mistake)."""
+    """Fails if a counted log-prob is NaN, infinite or above 0 (a loss or a probability passed by mistake).
+
+    >>> error, _ = checkify.checkify(check_log_probs)(jnp.array([0.5]), jnp.array([True]))
+    >>> print(error.get().splitlines()[0])
+    a log-prob is 0.5, above 0 (`check` failed)
+    """
     check_finite(log_probs, mask, name="log_probs")
     highest = jnp.max(jnp.where(mask, log_probs, -jnp.inf), initial=-jnp.inf)
     checkify.check(highest <= tolerance, "a log-prob is {highest}, above 0", highest=highest)
@@ -113,6 +142,10 @@ def check_first_ratio(log_probs: Array, old_log_probs: Array, mask: Array, *, to
       old_log_probs: [..., T] stored when the batch was sampled.
       mask: [..., T] bool.
       tolerance: how far a ratio may be from 1.
+
+    >>> error, _ = checkify.checkify(check_first_ratio)(jnp.zeros(2), jnp.array([0.0, -1.0]), jnp.ones(2) > 0)
+    >>> print(error.get().splitlines()[0])  # doctest: +ELLIPSIS
+    before any update the ratio is 2.718..., not 1, at flat index 1 (`check` failed)
     """
     check_mask(mask, log_probs, old_log_probs)
     gap = jnp.where(mask, log_probs, 0.0) - jnp.where(mask, old_log_probs, 0.0)
@@ -133,6 +166,10 @@ def check_pad_is_not_eos(tokens: Array, mask: Array, *, eos: ArrayLike) -> None:
       tokens: [..., T] int.
       mask: [..., T] bool, real tokens.
       eos: id of the end token.
+
+    >>> error, _ = checkify.checkify(check_pad_is_not_eos)(jnp.array([5, 2, 2]), jnp.array([True, True, False]), eos=2)
+    >>> print(error.get().splitlines()[0])
+    padding holds the end token 2 in 1 slots: give padding an id of its own (`check` failed)
     """
     check_mask(mask, tokens)
     wrong = ~mask & (tokens == eos)
@@ -151,6 +188,10 @@ def check_one_bos(tokens: Array, mask: Array, *, bos: ArrayLike) -> None:
       tokens: [..., T] int.
       mask: [..., T] bool, real tokens.
       bos: id of the start token.
+
+    >>> error, _ = checkify.checkify(check_one_bos)(jnp.array([[1, 1, 7]]), jnp.ones((1, 3), bool), bos=1)
+    >>> print(error.get().splitlines()[0])
+    row 0 has the start token 1 2 times (`check` failed)
     """
     check_mask(mask, tokens)
     starts = masked_sum((tokens == bos).astype(jnp.float32), mask, axis=-1).reshape(-1)
@@ -172,6 +213,11 @@ def check_group_rewards_differ(rewards: Array, *, group: int, share: ArrayLike =
       group: rows of a group.
       share: of groups that may be all equal; 0 allows none.
     Raises: ValueError if `group` does not divide B (at trace time).
+
+    >>> check = checkify.checkify(lambda rewards: check_group_rewards_differ(rewards, group=2))
+    >>> error, _ = check(jnp.array([0.0, 1.0, 1.0, 1.0]))
+    >>> print(error.get().splitlines()[0])
+    1 of 2 groups have all-equal rewards, the first is group 1 (`check` failed)
     """
     if rewards.shape[-1] % group:
         raise ValueError(f"group must divide the batch, got group {group} and {rewards.shape[-1]} rewards")

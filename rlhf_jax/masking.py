@@ -173,7 +173,12 @@ def whiten(
 
 
 def sum_totals(totals: Totals, *, axis_name: str | None) -> Totals:
-    """Adds the totals of all devices on a mapped axis; the identity for ``axis_name=None``."""
+    """Adds the totals of all devices on a mapped axis; the identity for ``axis_name=None``.
+
+    >>> one = Totals(jnp.array(6.0), jnp.array(3.0))
+    >>> float(jax.vmap(lambda _: sum_totals(one, axis_name="i"), axis_name="i")(jnp.arange(4)).count[0])
+    12.0
+    """
     return Totals(_psum(totals.sum, axis_name), _psum(totals.count, axis_name))
 
 
@@ -188,7 +193,12 @@ def mean_of_totals(totals: Totals, *, axis_name: str | None = None) -> Array:
 
 
 def token_totals(x: Array, mask: Array) -> Totals:
-    """Every token weighs the same: (Σ x, number of tokens). The aggregation of DAPO (Yu et al. 2025, eq. 8)."""
+    """Every token weighs the same: (Σ x, number of tokens). The aggregation of DAPO (Yu et al. 2025, eq. 8).
+
+    >>> x, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[True, True], [True, False]])
+    >>> [float(part) for part in token_totals(x, mask)]
+    [9.0, 3.0]
+    """
     return Totals(masked_sum(x, mask), _count(x, mask, None, None, False))
 
 
@@ -196,13 +206,22 @@ def sequence_mean_totals(x: Array, mask: Array) -> Totals:
     """Every non-empty row weighs the same: (Σ_rows mean over the row's tokens, number of non-empty rows).
 
     The aggregation of GRPO (Shao et al. 2024, eq. 3); rows without a token are left out of the count.
+
+    >>> x, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[True, True], [True, False]])
+    >>> [float(part) for part in sequence_mean_totals(x, mask)]
+    [7.5, 2.0]
     """
     occupied = jnp.any(mask, axis=-1)
     return Totals(jnp.sum(masked_mean(x, mask, axis=-1)), jnp.sum(occupied, dtype=_statistic_dtype(x)))
 
 
 def sequence_mean_counting_empty_totals(x: Array, mask: Array) -> Totals:
-    """As `sequence_mean_totals`, but a row without a token counts as a row of mean 0."""
+    """As `sequence_mean_totals`, but a row without a token counts as a row of mean 0.
+
+    >>> totals = sequence_mean_counting_empty_totals(jnp.array([[2.0], [7.0]]), jnp.array([[True], [False]]))
+    >>> [float(part) for part in totals]
+    [2.0, 2.0]
+    """
     row_means = masked_mean(x, mask, axis=-1)
     return Totals(jnp.sum(row_means), jnp.asarray(row_means.size, row_means.dtype))
 
@@ -211,13 +230,22 @@ def sequence_sum_totals(x: Array, mask: Array) -> Totals:
     """Rows are summed over tokens and averaged over non-empty rows: (Σ x, number of non-empty rows).
 
     The log-likelihood of a sequence, hence the aggregation of REINFORCE and of sequence-level objectives.
+
+    >>> x, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[True, True], [True, False]])
+    >>> [float(part) for part in sequence_sum_totals(x, mask)]
+    [9.0, 2.0]
     """
     occupied = jnp.any(mask, axis=-1)
     return Totals(masked_sum(x, mask), jnp.sum(occupied, dtype=_statistic_dtype(x)))
 
 
 def fixed_length_totals(x: Array, mask: Array, *, length: ArrayLike) -> Totals:
-    """Token sums over a constant: (Σ x, rows · length). The aggregation of Dr. GRPO (Liu et al. 2025, section 3.2)."""
+    """Token sums over a constant: (Σ x, rows · length). The aggregation of Dr. GRPO (Liu et al. 2025, section 3.2).
+
+    >>> x, mask = jnp.array([[1.0, 2.0], [6.0, 0.0]]), jnp.array([[True, True], [True, False]])
+    >>> [float(part) for part in fixed_length_totals(x, mask, length=3)]
+    [9.0, 6.0]
+    """
     rows = mask.size // mask.shape[-1]
     return Totals(masked_sum(x, mask), jnp.asarray(length, _statistic_dtype(x)) * rows)
 
@@ -290,7 +318,11 @@ class Moments(NamedTuple):
 
 
 def init_moments() -> Moments:
-    """Moments of nothing: count 0, mean 0, squares 0."""
+    """Moments of nothing: count 0, mean 0, squares 0.
+
+    >>> float(init_moments().variance())
+    0.0
+    """
     return Moments(jnp.zeros(()), jnp.zeros(()), jnp.zeros(()))
 
 
@@ -298,6 +330,10 @@ def merge_moments(left: Moments, right: Moments) -> Moments:
     """Moments of two disjoint samples together (Chan, Golub and LeVeque 1979, eq. 2.1).
 
     mean = (n₁ μ₁ + n₂ μ₂) / n,  squares = S₁ + S₂ + (μ₂ - μ₁)² n₁ n₂ / n. Merging with nothing is the identity.
+
+    >>> one, three = (Moments(jnp.array(1.0), jnp.array(mean), jnp.array(0.0)) for mean in (1.0, 3.0))
+    >>> [float(part) for part in merge_moments(one, three)]
+    [2.0, 2.0, 2.0]
     """
     count = left.count + right.count
     share = right.count / jnp.where(count > 0, count, 1.0)

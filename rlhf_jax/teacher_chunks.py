@@ -15,28 +15,27 @@ from jax.typing import ArrayLike
 from rlhf_jax._chunked_head import (
     Block,
     Head,
+    Parts,
     Plan,
     Softmax,
     any_nonzero,
     backpropagate,
+    bent,
     block,
-    dot,
+    cap_gradient,
+    chosen_tokens,
     flat_tokens,
     fold,
     init_softmax,
     make_heads,
     mixture,
     plan_chunks,
-    scale_gradient,
-    token_embeddings,
     unseen,
     update_softmax,
 )
 
 __all__ = ["HeadDistillation", "head_distillation", "head_soft_cross_entropy"]
 
-
-Parts = tuple[Array, Array, Array]  # hidden, table and scale of a head
 
 Residuals = tuple[Parts, Parts, Array, Array, Array, tuple[Array, Array]]
 
@@ -55,7 +54,7 @@ class _Sums(NamedTuple):
     teacher: Softmax
     cross: Array  # [N] Σ w_T (student logit - student maximum), with w = exp(logit - maximum)
     own: Array  # [N] Σ w_T (teacher logit - teacher maximum)
-    student_mean: Array  # [N, D] Σ w_S e, with the student's embeddings e
+    student_mean: Array  # [N, D] Σ w_S e, with the student's embeddings e, bent by its cap
     teacher_mean: Array  # [N, D] Σ w_T e
 
 
@@ -72,8 +71,10 @@ def _pass(plan: Plan, student: Head, teacher: Head, tokens: Array) -> tuple[Head
             theirs_softmax,
             decay * (sums.cross + ours_done.shift * sums.teacher.total) + jnp.sum(weights * cross, axis=-1),
             decay * (sums.own + theirs_done.shift * sums.teacher.total) + jnp.sum(weights * own, axis=-1),
-            ours_done.decay[:, None] * sums.student_mean + mixture(student, ours_done.weights, ours.embeddings),
-            decay[:, None] * sums.teacher_mean + mixture(student, weights.astype(student.dtype), ours.embeddings),
+            ours_done.decay[:, None] * sums.student_mean
+            + mixture(student, bent(ours, ours_done.weights), ours.embeddings),
+            decay[:, None] * sums.teacher_mean
+            + mixture(student, bent(ours, weights.astype(student.dtype)), ours.embeddings),
         )
 
     nothing, nowhere = jnp.zeros(student.hidden.shape[0], teacher.dtype), jnp.zeros(student.hidden.shape, student.dtype)
@@ -81,7 +82,7 @@ def _pass(plan: Plan, student: Head, teacher: Head, tokens: Array) -> tuple[Head
     sums = fold(plan, step, start)
     total = sums.teacher.total
     log_probs, teacher_log_probs = (
-        dot(head.hidden, token_embeddings(head, tokens)) * head.scale - softmax.log_normaliser
+        chosen_tokens(head, tokens).logits - softmax.log_normaliser
         for head, softmax in ((student, sums.student), (teacher, sums.teacher))
     )
     cross_entropy = jnp.log(sums.student.total) - sums.cross / total
@@ -98,7 +99,7 @@ def _distillation_forward(plan: Plan, axes: tuple[int, int], student: Parts, tea
     mean = sums.student_mean / sums.student.total[:, None]
     slopes = (  # ∂ / ∂ hidden of cross_entropy and log_probs
         head.scale * (mean - sums.teacher_mean / sums.teacher.total[:, None]),
-        head.scale * (token_embeddings(head, tokens) - mean),
+        head.scale * (chosen_tokens(head, tokens).slopes - mean),
     )
     return result, (student, teacher, tokens, sums.student.log_normaliser, sums.teacher.log_normaliser, slopes)
 
@@ -120,7 +121,8 @@ def _distillation_backward(plan: Plan, axes: tuple[int, int], residuals: Residua
         return for_cross * (probs - teacher_probs) + for_log_probs * (chosen - probs)
 
     table = backpropagate(plan, head, used, logits_gradient).table
-    return (hidden.astype(head.hidden.dtype), table, scale_gradient(head, hidden)), None, None
+    constants = jnp.zeros_like(head.scale), cap_gradient(head.cap)
+    return (hidden.astype(head.hidden.dtype), table, *constants), None, None
 
 
 _distillation = jax.custom_vjp(_distillation_value, nondiff_argnums=(0, 1))
@@ -135,6 +137,8 @@ def head_distillation(
     tokens: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -152,6 +156,9 @@ def head_distillation(
       teacher_table: [V, D_T], of the same vocabulary.
       tokens: [...] int ids; one outside [0, V) gives NaN log-probs.
       temperature: τ, divides both logits; see `hinton_cross_entropy` for the factor τ².
+      soft_cap: c > 0, the student's logits become c · tanh(hidden · table / c) before τ divides them (Gemma 2); None
+        leaves them alone. Stopped.
+      teacher_soft_cap: the same of the teacher's logits; None does not mean as in `soft_cap`.
       vocabulary_axis: 0 or 1, where V lies in `table`; static.
       teacher_vocabulary_axis: the same for `teacher_table`; None means as in `table`.
       chunk: C, tokens of the vocabulary held at once, static; None chooses by the number of hidden states.
@@ -167,11 +174,12 @@ def head_distillation(
     (0.8133, 0.6931)
     """
     student, teacher, shape = make_heads(
-        hidden, table, teacher_hidden, teacher_table, temperature, vocabulary_axis, teacher_vocabulary_axis
+        *(hidden, table, teacher_hidden, teacher_table),
+        *(temperature, soft_cap, teacher_soft_cap, vocabulary_axis, teacher_vocabulary_axis),
     )
     plan = plan_chunks(student.table.shape[student.axis], student.hidden.shape[0], chunk)
     ids = flat_tokens(tokens, shape)
-    result = _distillation(plan, (student.axis, teacher.axis), student[:3], teacher[:3], ids)
+    result = _distillation(plan, (student.axis, teacher.axis), student[:4], teacher[:4], ids)
     result = result._replace(
         teacher_log_probs=jax.lax.stop_gradient(result.teacher_log_probs),
         teacher_entropy=jax.lax.stop_gradient(result.teacher_entropy),
@@ -186,6 +194,8 @@ def head_soft_cross_entropy(
     teacher_table: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -210,6 +220,8 @@ def head_soft_cross_entropy(
         teacher_table,
         jnp.zeros(hidden.shape[:-1], jnp.int32),
         temperature=temperature,
+        soft_cap=soft_cap,
+        teacher_soft_cap=teacher_soft_cap,
         vocabulary_axis=vocabulary_axis,
         teacher_vocabulary_axis=teacher_vocabulary_axis,
         chunk=chunk,

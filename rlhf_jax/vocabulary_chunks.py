@@ -23,12 +23,15 @@ from jax.typing import ArrayLike
 from rlhf_jax._chunked_head import (
     Block,
     Head,
+    Parts,
     Plan,
     Softmax,
     any_nonzero,
     backpropagate,
+    bent,
     block,
-    dot,
+    cap_gradient,
+    chosen_tokens,
     flat_tokens,
     fold,
     init_softmax,
@@ -36,7 +39,6 @@ from rlhf_jax._chunked_head import (
     mixture,
     plan_chunks,
     scale_gradient,
-    token_embeddings,
     unseen,
     update_softmax,
 )
@@ -55,39 +57,39 @@ __all__ = [
 # --- log-probabilities ------------------------------------------------------------------------------------------------
 
 
-def _log_probs_value(plan: Plan, axis: int, hidden: Array, table: Array, scale: Array, tokens: Array) -> Array:
-    head = Head(hidden, table, scale, axis)
+def _log_probs_value(plan: Plan, axis: int, parts: Parts, tokens: Array) -> Array:
+    head = Head(*parts, axis)
     softmax = fold(plan, lambda s, i: update_softmax(s, block(plan, head, i))[0], init_softmax(head))
-    return dot(hidden, token_embeddings(head, tokens)) * scale - softmax.log_normaliser
+    return chosen_tokens(head, tokens).logits - softmax.log_normaliser
 
 
-def _log_probs_forward(plan: Plan, axis: int, hidden: Array, table: Array, scale: Array, tokens: Array):
-    head = Head(hidden, table, scale, axis)
+def _log_probs_forward(plan: Plan, axis: int, parts: Parts, tokens: Array):
+    head = Head(*parts, axis)
 
     def step(carry: tuple[Softmax, Array], index: Array) -> tuple[Softmax, Array]:
         softmax, expected = carry
         part = block(plan, head, index)
         softmax, done = update_softmax(softmax, part)
-        return softmax, expected * done.decay[:, None] + mixture(head, done.weights, part.embeddings)
+        return softmax, expected * done.decay[:, None] + mixture(head, bent(part, done.weights), part.embeddings)
 
-    softmax, expected = fold(plan, step, (init_softmax(head), jnp.zeros(hidden.shape, head.dtype)))
-    embeddings = token_embeddings(head, tokens)
-    log_probs = dot(hidden, embeddings) * scale - softmax.log_normaliser
-    slope = scale * (embeddings - expected / softmax.total[:, None])  # ∂ log_probs / ∂ hidden
-    return log_probs, (hidden, table, scale, tokens, softmax.log_normaliser, slope)
+    softmax, expected = fold(plan, step, (init_softmax(head), jnp.zeros(head.hidden.shape, head.dtype)))
+    chosen = chosen_tokens(head, tokens)
+    slope = head.scale * (chosen.slopes - expected / softmax.total[:, None])  # ∂ log_probs / ∂ hidden
+    return chosen.logits - softmax.log_normaliser, (parts, tokens, softmax.log_normaliser, slope)
 
 
-def _log_probs_backward(plan: Plan, axis: int, residuals, cotangent: Array):
-    hidden, table, scale, tokens, log_normaliser, slope = residuals
-    head, used = Head(hidden, table, scale, axis), any_nonzero(cotangent)
+def _log_probs_backward(plan: Plan, axis: int, residuals: tuple[Parts, Array, Array, Array], cotangent: Array):
+    parts, tokens, log_normaliser, slope = residuals
+    head, used = Head(*parts, axis), any_nonzero(cotangent)
     hidden_gradient = jnp.where(used[:, None], cotangent[:, None] * slope, 0.0)
 
     def logits_gradient(_: Array, part: Block) -> Array:
         probs = jnp.exp(part.logits - log_normaliser[:, None])
         return cotangent[:, None] * ((part.ids[None] == tokens[:, None]) - probs)
 
-    table_gradient = backpropagate(plan, head, used, logits_gradient).table
-    return hidden_gradient.astype(hidden.dtype), table_gradient, scale_gradient(head, hidden_gradient), None
+    gradient = backpropagate(plan, head, used, logits_gradient)
+    scale = scale_gradient(head, hidden_gradient) if head.cap is None else gradient.scale
+    return (hidden_gradient.astype(head.hidden.dtype), gradient.table, scale, cap_gradient(head.cap)), None
 
 
 _log_probs = jax.custom_vjp(_log_probs_value, nondiff_argnums=(0, 1))
@@ -100,6 +102,7 @@ def head_log_probs(
     tokens: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     chunk: int | None = None,
 ) -> Array:
@@ -112,6 +115,8 @@ def head_log_probs(
       table: [V, D], for instance a tied embedding; with ``vocabulary_axis=1`` a kernel [D, V].
       tokens: [...] int ids; one outside [0, V) gives NaN.
       temperature: τ, divides the logits.
+      soft_cap: c > 0, logits become c · tanh(hidden · table / c) before τ divides them (Gemma 2), stopped; None leaves
+        them alone, as c -> infinity does.
       vocabulary_axis: 0 or 1, where V lies in `table`; static.
       chunk: C, tokens of the vocabulary held at once, static; None chooses by the number of hidden states.
     Returns:
@@ -123,9 +128,9 @@ def head_log_probs(
     >>> round(float(head_log_probs(hidden, table, jnp.array(0))), 4)
     -0.4076
     """
-    head, shape = make_head(hidden, table, temperature, vocabulary_axis)
+    head, shape = make_head(hidden, table, temperature, soft_cap, vocabulary_axis)
     plan = plan_chunks(head.table.shape[head.axis], head.hidden.shape[0], chunk)
-    return _log_probs(plan, head.axis, *head[:3], flat_tokens(tokens, shape)).reshape(shape)
+    return _log_probs(plan, head.axis, head[:4], flat_tokens(tokens, shape)).reshape(shape)
 
 
 # --- log-probabilities, entropy, concentration ------------------------------------------------------------------------
@@ -146,8 +151,8 @@ class _Sums(NamedTuple):
     square: Array  # [N] Σ w²
 
 
-def _statistics_value(plan: Plan, axis: int, hidden: Array, table: Array, scale: Array, tokens: Array):
-    head = Head(hidden, table, scale, axis)
+def _statistics_value(plan: Plan, axis: int, parts: Parts, tokens: Array):
+    head = Head(*parts, axis)
 
     def step(sums: _Sums, index: Array) -> _Sums:
         part = block(plan, head, index)
@@ -156,20 +161,22 @@ def _statistics_value(plan: Plan, axis: int, hidden: Array, table: Array, scale:
         logit = done.decay * (sums.logit + done.shift * sums.softmax.total) + jnp.sum(done.weights * centred, axis=-1)
         return _Sums(softmax, logit, jnp.square(done.decay) * sums.square + jnp.sum(jnp.square(done.weights), axis=-1))
 
-    nothing = jnp.zeros(hidden.shape[0], head.dtype)
+    nothing = jnp.zeros(head.hidden.shape[0], head.dtype)
     softmax, logit, square = fold(plan, step, _Sums(init_softmax(head), nothing, nothing))
-    log_probs = dot(hidden, token_embeddings(head, tokens)) * scale - softmax.log_normaliser
+    log_probs = chosen_tokens(head, tokens).logits - softmax.log_normaliser
     entropy = jnp.log(softmax.total) - logit / softmax.total
     return HeadStatistics(log_probs, entropy, square / jnp.square(softmax.total), softmax.log_normaliser)
 
 
-def _statistics_forward(plan: Plan, axis: int, hidden: Array, table: Array, scale: Array, tokens: Array):
-    statistics = _statistics_value(plan, axis, hidden, table, scale, tokens)
-    return statistics, (hidden, table, scale, tokens, statistics)
+def _statistics_forward(plan: Plan, axis: int, parts: Parts, tokens: Array):
+    statistics = _statistics_value(plan, axis, parts, tokens)
+    return statistics, (parts, tokens, statistics)
 
 
-def _statistics_backward(plan: Plan, axis: int, residuals, cotangents: HeadStatistics):
-    hidden, table, scale, tokens, statistics = residuals
+def _statistics_backward(
+    plan: Plan, axis: int, residuals: tuple[Parts, Array, HeadStatistics], cotangents: HeadStatistics
+):
+    parts, tokens, statistics = residuals
     for_log_probs, for_entropy, for_squares, for_normaliser = (x[:, None] for x in cotangents)
     _, entropy, squares, log_normaliser = (x[:, None] for x in statistics)
 
@@ -180,8 +187,9 @@ def _statistics_backward(plan: Plan, axis: int, residuals, cotangents: HeadStati
         slope = slope + 2 * for_squares * (probs - squares)
         return for_log_probs * (part.ids[None] == tokens[:, None]) + probs * slope
 
-    gradient = backpropagate(plan, Head(hidden, table, scale, axis), any_nonzero(*cotangents), logits_gradient)
-    return *gradient, None
+    head = Head(*parts, axis)
+    gradient = backpropagate(plan, head, any_nonzero(*cotangents), logits_gradient)
+    return (*gradient, cap_gradient(head.cap)), None
 
 
 _statistics = jax.custom_vjp(_statistics_value, nondiff_argnums=(0, 1))
@@ -194,6 +202,7 @@ def head_statistics(
     tokens: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     chunk: int | None = None,
 ) -> HeadStatistics:
@@ -208,6 +217,8 @@ def head_statistics(
       table: [V, D], for instance a tied embedding; with ``vocabulary_axis=1`` a kernel [D, V].
       tokens: [...] int ids; one outside [0, V) gives a NaN log-prob.
       temperature: τ, divides the logits.
+      soft_cap: c > 0, logits become c · tanh(hidden · table / c) before τ divides them (Gemma 2), stopped; None leaves
+        them alone, as c -> infinity does.
       vocabulary_axis: 0 or 1, where V lies in `table`; static.
       chunk: C, tokens of the vocabulary held at once, static; None chooses by the number of hidden states.
     Returns:
@@ -219,7 +230,7 @@ def head_statistics(
     >>> [round(float(x), 4) for x in statistics]
     [-1.3863, 1.3863, 0.25, 1.3863]
     """
-    head, shape = make_head(hidden, table, temperature, vocabulary_axis)
+    head, shape = make_head(hidden, table, temperature, soft_cap, vocabulary_axis)
     plan = plan_chunks(head.table.shape[head.axis], head.hidden.shape[0], chunk)
-    flat = _statistics(plan, head.axis, *head[:3], flat_tokens(tokens, shape))
+    flat = _statistics(plan, head.axis, head[:4], flat_tokens(tokens, shape))
     return HeadStatistics(*(x.reshape(shape) for x in flat))

@@ -37,20 +37,22 @@ def layout(table, axis):
     return table.T if axis else table
 
 
-def rows_of(hidden, table, temperature):
+def rows_of(hidden, table, temperature, cap=None):
     """[B, T] list of exact float64 log-prob rows."""
-    logits = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T / temperature
+    products = np.asarray(hidden, np.float64) @ np.asarray(table, np.float64).T
+    logits = (products if cap is None else cap * np.tanh(products / cap)) / temperature
     top = logits.max(-1, keepdims=True)
     return logits - top - np.log(np.exp(logits - top).sum(-1, keepdims=True))
 
 
-def statistics_oracle(hidden, table, tokens, temperature):
-    log_p = rows_of(hidden, table, temperature)
+def statistics_oracle(hidden, table, tokens, temperature, cap=None):
+    log_p = rows_of(hidden, table, temperature, cap)
     result = np.zeros((4, B, T))
     for b in range(B):
         for t in range(T):
             row = log_p[b, t]
-            logit = math.fsum(hidden[b, t].astype(np.float64) * table[0]) / temperature
+            product = math.fsum(hidden[b, t].astype(np.float64) * table[0])
+            logit = (product if cap is None else cap * math.tanh(product / cap)) / temperature
             result[:, b, t] = (
                 row[tokens[b, t]],
                 -math.fsum(math.exp(x) * x for x in row),
@@ -60,8 +62,9 @@ def statistics_oracle(hidden, table, tokens, temperature):
     return HeadStatistics(*result)
 
 
-def distillation_oracle(hidden, table, teacher_hidden, teacher_table, tokens, temperature):
-    log_q, log_p = rows_of(hidden, table, temperature), rows_of(teacher_hidden, teacher_table, temperature)
+def distillation_oracle(hidden, table, teacher_hidden, teacher_table, tokens, temperature, caps=(None, None)):
+    log_q = rows_of(hidden, table, temperature, caps[0])
+    log_p = rows_of(teacher_hidden, teacher_table, temperature, caps[1])
     result = np.zeros((4, B, T))
     for b in range(B):
         for t in range(T):
@@ -99,15 +102,39 @@ def test_values_equal_float64(axis, chunk):
             np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
 
 
+CAPS = {"soft_cap": 1.5, "teacher_soft_cap": 0.8}
+
+
+def test_soft_caps_bend_the_logits_before_the_temperature_divides_them():
+    @jax.jit
+    def compute(soft_cap, teacher_soft_cap):
+        knobs = {"temperature": 0.6, "chunk": 10, "soft_cap": soft_cap}
+        teacher = (TEACHER_HIDDEN, TEACHER_TABLE)
+        return (
+            head_log_probs(HIDDEN, TABLE, TOKENS, **knobs),
+            *head_statistics(HIDDEN, TABLE, TOKENS, **knobs),
+            head_soft_cross_entropy(HIDDEN, TABLE, *teacher, teacher_soft_cap=teacher_soft_cap, **knobs),
+            *head_distillation(HIDDEN, TABLE, *teacher, TOKENS, teacher_soft_cap=teacher_soft_cap, **knobs),
+        )
+
+    for caps in ((1.5, 0.8), (0.8, 30.0), (1e6, 1e6), (None, 0.8), (1.5, None)):
+        alone = statistics_oracle(HIDDEN, TABLE, TOKENS, 0.6, caps[0])
+        both = distillation_oracle(HIDDEN, TABLE, TEACHER_HIDDEN, TEACHER_TABLE, TOKENS, 0.6, caps)
+        for result, want in zip(compute(*caps), (alone[0], *alone, both[0], *both), strict=True):
+            np.testing.assert_allclose(result, want, rtol=1e-5, atol=1e-5)
+    for result, want in zip(compute(1e6, 1e6), compute(None, None), strict=True):  # what the docstring says of c -> inf
+        np.testing.assert_allclose(result, want, rtol=1e-4, atol=1e-5)
+
+
 def weighted(results):
     """One number in which every result of every slot has its own weight; slot [1, 1] has none."""
     weights = jnp.asarray(WEIGHTS).at[:, 1, 1].set(0.0)
     return sum(jnp.sum(w * x) for w, x in zip(weights, results, strict=False))
 
 
-def chunked_objectives(axis, chunk):
+def chunked_objectives(axis, chunk, soft_cap=None, teacher_soft_cap=None):
     """Functions of (hidden, table, teacher's hidden and table, tokens, temperature)."""
-    knobs = {"vocabulary_axis": axis, "chunk": chunk}
+    knobs = {"vocabulary_axis": axis, "chunk": chunk, "soft_cap": soft_cap}
 
     def log_probs(hidden, table, _, __, tokens, temperature):
         return weighted([head_log_probs(hidden, layout(table, axis), tokens, temperature=temperature, **knobs)])
@@ -121,6 +148,7 @@ def chunked_objectives(axis, chunk):
             head_distillation(
                 *(hidden, tables[0], teacher_hidden, tables[1], tokens),
                 temperature=temperature,
+                teacher_soft_cap=teacher_soft_cap,
                 teacher_vocabulary_axis=1 - axis,
                 **knobs,
             )
@@ -129,36 +157,45 @@ def chunked_objectives(axis, chunk):
     return log_probs, statistics, distillation
 
 
-def dense_log_probs(hidden, table, _, __, tokens, temperature):
-    return weighted([jax.nn.log_softmax(hidden @ table.T / temperature)[jnp.arange(B)[:, None], jnp.arange(T), tokens]])
+def dense_objectives(soft_cap=None, teacher_soft_cap=None):
+    """The same of logits that are held."""
 
+    def logits_of(hidden, table, cap, temperature):
+        products = hidden @ table.T
+        return (products if cap is None else cap * jnp.tanh(products / cap)) / temperature
 
-def dense_statistics(hidden, table, _, __, tokens, temperature):
-    logits = hidden @ table.T / temperature
-    log_p = jax.nn.log_softmax(logits)
-    p = jnp.exp(log_p)
-    chosen = log_p[jnp.arange(B)[:, None], jnp.arange(T), tokens]
-    return weighted([chosen, -(p * log_p).sum(-1), (p * p).sum(-1), jax.nn.logsumexp(logits, -1)])
+    def chosen(log_p, tokens):
+        return log_p[jnp.arange(B)[:, None], jnp.arange(T), tokens]
 
+    def log_probs(hidden, table, _, __, tokens, temperature):
+        return weighted([chosen(jax.nn.log_softmax(logits_of(hidden, table, soft_cap, temperature)), tokens)])
 
-def dense_distillation(hidden, table, teacher_hidden, teacher_table, tokens, temperature):
-    temperature = jax.lax.stop_gradient(temperature)
-    log_q = jax.nn.log_softmax(hidden @ table.T / temperature)
-    p = jax.nn.softmax(jax.lax.stop_gradient(teacher_hidden @ teacher_table.T) / temperature)
-    return weighted([-(p * log_q).sum(-1), log_q[jnp.arange(B)[:, None], jnp.arange(T), tokens]])
+    def statistics(hidden, table, _, __, tokens, temperature):
+        logits = logits_of(hidden, table, soft_cap, temperature)
+        log_p = jax.nn.log_softmax(logits)
+        p = jnp.exp(log_p)
+        return weighted([chosen(log_p, tokens), -(p * log_p).sum(-1), (p * p).sum(-1), jax.nn.logsumexp(logits, -1)])
 
+    def distillation(hidden, table, teacher_hidden, teacher_table, tokens, temperature):
+        temperature = jax.lax.stop_gradient(temperature)
+        log_q = jax.nn.log_softmax(logits_of(hidden, table, soft_cap, temperature))
+        teacher = logits_of(teacher_hidden, teacher_table, teacher_soft_cap, temperature)
+        p = jax.nn.softmax(jax.lax.stop_gradient(teacher))
+        return weighted([-(p * log_q).sum(-1), chosen(log_q, tokens)])
 
-DENSE = (dense_log_probs, dense_statistics, dense_distillation)
+    return log_probs, statistics, distillation
 
 
 @pytest.mark.parametrize("index", range(3), ids=["log_probs", "statistics", "distillation"])
-@pytest.mark.parametrize("chunk", CHUNKS[:3])
-@pytest.mark.parametrize("axis", [0, 1])
-def test_gradients_equal_those_of_dense_logits(index, chunk, axis):
+@pytest.mark.parametrize(
+    ("chunk", "axis", "caps"),
+    [(10, 0, {}), (10, 1, {}), (16, 0, {}), (V, 1, {}), (10, 0, CAPS), (10, 1, CAPS), (V, 0, CAPS)],
+)
+def test_gradients_equal_those_of_dense_logits(index, chunk, axis, caps):
     arguments = (HIDDEN, TABLE, TEACHER_HIDDEN, TEACHER_TABLE, TOKENS, 0.6)
     where = (0, 1, 2, 3, 5)
-    got = jax.jit(jax.grad(chunked_objectives(axis, chunk)[index], where))(*arguments)
-    want = jax.jit(jax.grad(DENSE[index], where))(*arguments)
+    got = jax.jit(jax.grad(chunked_objectives(axis, chunk, **caps)[index], where))(*arguments)
+    want = jax.jit(jax.grad(dense_objectives(**caps)[index], where))(*arguments)
     for x, y in zip(got, want, strict=True):
         np.testing.assert_allclose(x, y, rtol=1e-4, atol=2e-5)
     for teacher in got[2:4]:
@@ -166,16 +203,29 @@ def test_gradients_equal_those_of_dense_logits(index, chunk, axis):
     assert bool(got[4]) == (index < 2)  # a temperature shared with a teacher is stopped
 
 
-def test_gradients_equal_finite_differences():
+def test_no_gradient_reaches_a_soft_cap():
+    def objective(caps):
+        knobs = {"chunk": 10, "soft_cap": caps[0]}
+        both = head_distillation(
+            HIDDEN, TABLE, TEACHER_HIDDEN, TEACHER_TABLE, TOKENS, teacher_soft_cap=caps[1], **knobs
+        )
+        alone = head_log_probs(HIDDEN, TABLE, TOKENS, **knobs), *head_statistics(HIDDEN, TABLE, TOKENS, **knobs)
+        return sum(jnp.sum(x) for x in (*alone, *both))
+
+    np.testing.assert_array_equal(jax.grad(objective)(jnp.array([1.5, 0.8])), 0.0)
+
+
+@pytest.mark.parametrize("caps", [{}, CAPS], ids=["plain", "capped"])
+def test_gradients_equal_finite_differences(caps):
     with jax.enable_x64(True):
         small = [jnp.asarray(x, jnp.float64) for x in (HIDDEN[:, :2, :2], TABLE[:7, :2])]
         teacher = [jnp.asarray(x, jnp.float64) for x in (TEACHER_HIDDEN[:, :2], TEACHER_TABLE[:7])]
         tokens = TOKENS[:, :2] % 7
 
         def objective(hidden, table, temperature):
-            knobs = {"chunk": 3}
+            knobs = {"chunk": 3, "soft_cap": caps.get("soft_cap")}
             statistics = head_statistics(hidden, table, tokens, temperature=temperature, **knobs)
-            both = head_distillation(hidden, table, *teacher, tokens, **knobs)
+            both = head_distillation(hidden, table, *teacher, tokens, chunk=3, **caps)
             log_probs = head_log_probs(hidden, table, tokens, temperature=temperature, **knobs)
             assert log_probs.dtype == statistics.entropy.dtype == both.cross_entropy.dtype == jnp.float64
             return sum(jnp.sum(jnp.sin((i + 1) * x)) for i, x in enumerate((log_probs, *statistics, *both[:2])))
@@ -184,33 +234,36 @@ def test_gradients_equal_finite_differences():
         jax.test_util.check_grads(jax.jit(objective), (*small, 0.8), order=1, modes=["rev"], **close)
 
 
+@pytest.mark.parametrize("soft_cap", [None, 1.5])
 @pytest.mark.parametrize("function", [head_log_probs, head_statistics])
-def test_a_slot_that_nobody_uses_may_hold_anything(function):
+def test_a_slot_that_nobody_uses_may_hold_anything(function, soft_cap):
     unused = np.zeros((B, T), bool)
     unused[0, 1] = unused[1, 2] = True
 
     def objective(hidden, table, tokens):
-        first = jax.tree.leaves(function(hidden, table, tokens, chunk=10))
+        first = jax.tree.leaves(function(hidden, table, tokens, soft_cap=soft_cap, chunk=10))
         return sum(jnp.sum(jnp.sin(jnp.where(unused, 0.0, x))) for x in first)
 
+    gradient = jax.jit(jax.value_and_grad(objective, (0, 1)))
     clean = np.where(unused[..., None], 0, HIDDEN).astype(np.float32)
-    expected = jax.jit(jax.value_and_grad(objective, (0, 1)))(clean, TABLE, np.where(unused, 0, TOKENS))
+    expected = gradient(clean, TABLE, np.where(unused, 0, TOKENS))
     for garbage, token in ((np.nan, -100), (np.inf, V), (-1e30, 2**30)):
         dirty = np.where(unused[..., None], garbage, HIDDEN).astype(np.float32)
         tokens = np.where(unused, token, TOKENS)
-        value, (hidden, table) = jax.jit(jax.value_and_grad(objective, (0, 1)))(dirty, TABLE, tokens)
+        value, (hidden, table) = gradient(dirty, TABLE, tokens)
         np.testing.assert_array_equal(value, expected[0])
         np.testing.assert_array_equal(hidden, expected[1][0])
         np.testing.assert_array_equal(table, expected[1][1])
         assert not np.asarray(hidden)[unused].any()
 
 
-def test_garbage_of_student_and_teacher_in_an_unused_slot_of_distillation():
+@pytest.mark.parametrize("caps", [{}, CAPS], ids=["plain", "capped"])
+def test_garbage_of_student_and_teacher_in_an_unused_slot_of_distillation(caps):
     unused = np.zeros((B, T), bool)
     unused[1, 0] = True
 
     def objective(hidden, table, teacher_hidden, tokens):
-        both = head_distillation(hidden, table, teacher_hidden, TEACHER_TABLE, tokens, chunk=10)
+        both = head_distillation(hidden, table, teacher_hidden, TEACHER_TABLE, tokens, chunk=10, **caps)
         return sum(jnp.sum(jnp.where(unused, 0.0, x)) for x in both)
 
     slots = unused[..., None]
@@ -311,8 +364,9 @@ def cost(name, where):
     knobs = {"chunk": CHUNK}
 
     def objective(hidden, table, teacher_hidden, teacher_table):
-        if name == "log_probs":
-            return jnp.sum(head_log_probs(hidden, table, tokens, **knobs))
+        if name.endswith("log_probs"):
+            cap = 30.0 if name.startswith("capped") else None
+            return jnp.sum(head_log_probs(hidden, table, tokens, soft_cap=cap, **knobs))
         if name == "statistics":
             return sum(jnp.sum(x) for x in head_statistics(hidden, table, tokens, **knobs))
         if name == "distillation":
@@ -349,7 +403,7 @@ def test_products_are_as_many_as_promised(name, where, products):
     assert products * 0.99 <= counted <= products + 0.8  # the rest is the softmax itself, at this narrow width
 
 
-@pytest.mark.parametrize("name", ["log_probs", "statistics", "distillation"])
+@pytest.mark.parametrize("name", ["log_probs", "statistics", "distillation", "capped log_probs"])
 @pytest.mark.parametrize("where", [(), (0,), (0, 1)])
 def test_logits_of_the_whole_vocabulary_are_never_held(name, where):
     assert cost(name, where)[1] < 0.4 * ALL_LOGITS

@@ -81,7 +81,7 @@ def sppo(
       rejected_win_probability: P_l, [] or [...]. Default 0.
     Returns:
       [...] loss per pair. Hard labels pull ρ_w to 1 / (2 β) and ρ_l to -1 / (2 β); both P = ½ pull both to 0.
-    Reference: Wu et al. 2024, eq. 4.7, https://arxiv.org/abs/2405.00675
+    Reference: Wu et al. 2024, https://arxiv.org/abs/2405.00675
 
     >>> float(sppo(jnp.array(5.0), jnp.array(-5.0), beta=0.1))
     0.0
@@ -102,7 +102,7 @@ def apo_zero(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: Arra
       beta: β. Default 0.1 (section 5.2).
     Returns:
       [...] loss per pair in [0, 2], the paper's plus 1. Log-ratios of 0 give 1.
-    Reference: D'Oosterlinck et al. 2024, eq. 7, https://arxiv.org/abs/2408.06266
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266
 
     >>> float(apo_zero(jnp.array(0.0), jnp.array(0.0)))
     1.0
@@ -121,7 +121,7 @@ def apo_down(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: Arra
       beta: β. Default 0.1 (section 5.2).
     Returns:
       [...] loss per pair in [0, 2], the paper's plus 1. Log-ratios of 0 give 1.
-    Reference: D'Oosterlinck et al. 2024, eq. 8, https://arxiv.org/abs/2408.06266
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266
 
     >>> float(apo_down(jnp.array(0.0), jnp.array(0.0)))
     1.0

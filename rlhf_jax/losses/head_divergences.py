@@ -16,11 +16,13 @@ from jax.typing import ArrayLike
 from rlhf_jax._chunked_head import (
     Block,
     Head,
+    Parts,
     Plan,
     Softmax,
     any_nonzero,
     backpropagate,
     block,
+    cap_gradient,
     fold,
     init_softmax,
     make_heads,
@@ -32,7 +34,6 @@ from rlhf_jax.teacher_chunks import head_distillation
 
 __all__ = ["head_forward_kl", "head_generalised_jsd", "head_reverse_kl", "head_total_variation"]
 
-Parts = tuple[Array, Array, Array]  # hidden, table and scale of a head
 Term = Callable[[Array, Array, Array], Array]
 """(log P, log Q, knob) -> contributions to the divergence, elementwise."""
 
@@ -81,8 +82,9 @@ def _backward(term: Term, plan: Plan, axes: tuple[int, int], residuals: Residual
         slopes = jax.jvp(lambda x: term(log_p, x, knob), (log_q,), (jnp.ones_like(log_q),))[1]
         return cotangent[:, None] * (slopes - slope[:, None] * jnp.exp(log_q))
 
-    gradient = backpropagate(plan, Head(*student, axes[0]), any_nonzero(cotangent), logits_gradient)
-    return tuple(gradient), None, None
+    head = Head(*student, axes[0])
+    gradient = backpropagate(plan, head, any_nonzero(cotangent), logits_gradient)
+    return (*gradient, cap_gradient(head.cap)), None, None
 
 
 _divergence = jax.custom_vjp(_value, nondiff_argnums=(0, 1, 2))
@@ -98,16 +100,19 @@ def _head_divergence(
     teacher_table: Array,
     *,
     temperature: ArrayLike,
+    soft_cap: ArrayLike | None,
+    teacher_soft_cap: ArrayLike | None,
     vocabulary_axis: int,
     teacher_vocabulary_axis: int | None,
     chunk: int | None,
 ) -> Array:
     student, teacher, shape = make_heads(
-        hidden, table, teacher_hidden, teacher_table, temperature, vocabulary_axis, teacher_vocabulary_axis
+        *(hidden, table, teacher_hidden, teacher_table),
+        *(temperature, soft_cap, teacher_soft_cap, vocabulary_axis, teacher_vocabulary_axis),
     )
     plan = plan_chunks(student.table.shape[student.axis], student.hidden.shape[0], chunk)
     knob = jax.lax.stop_gradient(jnp.asarray(knob, student.dtype))
-    flat = _divergence(term, plan, (student.axis, teacher.axis), student[:3], teacher[:3], knob)
+    flat = _divergence(term, plan, (student.axis, teacher.axis), student[:4], teacher[:4], knob)
     return flat.reshape(shape)
 
 
@@ -131,6 +136,8 @@ def head_forward_kl(
     teacher_table: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -146,6 +153,9 @@ def head_forward_kl(
       teacher_hidden: [..., D_T] the teacher's states; its width may differ.
       teacher_table: [V, D_T], of the same vocabulary.
       temperature: τ, divides both logits.
+      soft_cap: c > 0, the student's logits become c · tanh(hidden · table / c) before τ divides them (Gemma 2); None
+        leaves them alone. Stopped.
+      teacher_soft_cap: the same of the teacher's logits; None does not mean as in `soft_cap`.
       vocabulary_axis: 0 or 1, where V lies in `table`; static.
       teacher_vocabulary_axis: the same for `teacher_table`; None means as in `table`.
       chunk: C, tokens of the vocabulary held at once, static; None chooses by the number of hidden states.
@@ -166,6 +176,8 @@ def head_forward_kl(
         teacher_table,
         jnp.zeros(hidden.shape[:-1], jnp.int32),
         temperature=temperature,
+        soft_cap=soft_cap,
+        teacher_soft_cap=teacher_soft_cap,
         vocabulary_axis=vocabulary_axis,
         teacher_vocabulary_axis=teacher_vocabulary_axis,
         chunk=chunk,
@@ -180,6 +192,8 @@ def head_reverse_kl(
     teacher_table: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -204,6 +218,8 @@ def head_reverse_kl(
         teacher_hidden,
         teacher_table,
         temperature=temperature,
+        soft_cap=soft_cap,
+        teacher_soft_cap=teacher_soft_cap,
         vocabulary_axis=vocabulary_axis,
         teacher_vocabulary_axis=teacher_vocabulary_axis,
         chunk=chunk,
@@ -218,6 +234,8 @@ def head_generalised_jsd(
     *,
     beta: ArrayLike = 0.5,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -243,6 +261,8 @@ def head_generalised_jsd(
         teacher_hidden,
         teacher_table,
         temperature=temperature,
+        soft_cap=soft_cap,
+        teacher_soft_cap=teacher_soft_cap,
         vocabulary_axis=vocabulary_axis,
         teacher_vocabulary_axis=teacher_vocabulary_axis,
         chunk=chunk,
@@ -256,6 +276,8 @@ def head_total_variation(
     teacher_table: Array,
     *,
     temperature: ArrayLike = 1.0,
+    soft_cap: ArrayLike | None = None,
+    teacher_soft_cap: ArrayLike | None = None,
     vocabulary_axis: int = 0,
     teacher_vocabulary_axis: int | None = None,
     chunk: int | None = None,
@@ -279,6 +301,8 @@ def head_total_variation(
         teacher_hidden,
         teacher_table,
         temperature=temperature,
+        soft_cap=soft_cap,
+        teacher_soft_cap=teacher_soft_cap,
         vocabulary_axis=vocabulary_axis,
         teacher_vocabulary_axis=teacher_vocabulary_axis,
         chunk=chunk,

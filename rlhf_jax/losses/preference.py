@@ -172,7 +172,7 @@ def ipo_sum(chosen_log_ratios: Array, rejected_log_ratios: Array, *, beta: Array
       beta: τ in the paper. Default 0.1, one of its values.
     Returns:
       [...] loss per pair, 0 at a margin of 1 / (2 β), however sure the label is.
-    Reference: Azar et al. 2023, eq. 17, https://arxiv.org/abs/2310.12036
+    Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036
 
     >>> float(ipo_sum(jnp.array(6.0), jnp.array(1.0), beta=0.1))
     0.0
@@ -199,7 +199,7 @@ def ipo_mean(
       beta: τ in the paper. Default 0.1 (TRL).
     Returns:
       [...] loss per pair. Lengths of 1 give `ipo_sum`.
-    Reference: Azar et al. 2023, eq. 17, https://arxiv.org/abs/2310.12036
+    Reference: Azar et al. 2023, https://arxiv.org/abs/2310.12036
 
     >>> float(ipo_mean(jnp.array([12.0]), jnp.array([1.0]), jnp.array([2]), jnp.array([1]), beta=0.1)[0])
     0.0
@@ -221,7 +221,7 @@ def exo(
       label_smoothing: ε, above 0, since log ε enters; [] or [...] per pair. Default 1e-3 (the authors' code).
     Returns:
       [...] loss per pair, at least 0, and 0 where q = 1 - ε, the minimum of `conservative_dpo`.
-    Reference: Ji et al. 2024, eq. 16, https://arxiv.org/abs/2402.00856
+    Reference: Ji et al. 2024, https://arxiv.org/abs/2402.00856
 
     >>> round(abs(float(exo(jnp.log(4.0), jnp.array(0.0), beta=1.0, label_smoothing=0.2))), 5)
     0.0
@@ -246,7 +246,7 @@ def discopop(
       tau: τ, width of the blend. Default 0.05 (appendix E); infinite gives the mean of the two losses.
     Returns:
       [...] loss per pair, neither convex nor monotonic near 0. Equal log-ratios give (log 2 + 1) / 2.
-    Reference: Lu et al. 2024, eq. 5, https://arxiv.org/abs/2406.08414
+    Reference: Lu et al. 2024, https://arxiv.org/abs/2406.08414
 
     >>> round(float(discopop(jnp.array(1.0), jnp.array(1.0))), 4)
     0.8466

@@ -53,7 +53,7 @@ def wpo_weights(log_probs: Array, squared_probability_sums: Array, mask: Array) 
       mask: [..., T] bool, the completion's tokens.
     Returns:
       [...] weights above 0, about 1 for what the policy would write. A uniform policy gives 1; no tokens give 1.
-    Reference: Zhou et al. 2024, eq. 2, https://arxiv.org/abs/2406.11827
+    Reference: Zhou et al. 2024, https://arxiv.org/abs/2406.11827
 
     >>> log_probs, mask = jnp.log(jnp.array([[0.25, 0.5]])), jnp.array([[True, True]])
     >>> [round(x, 4) for x in wpo_weights(log_probs, jnp.array([[0.5, 0.5]]), mask).tolist()]

@@ -39,7 +39,7 @@ def cpo(
       label_smoothing: ε as in `preference.conservative_dpo`. Default 0.
     Returns:
       [...] loss per pair: DPO with a uniform reference. The paper adds -log π(y_w); its code, per token.
-    Reference: Xu et al. 2024, eq. 3, https://arxiv.org/abs/2401.08417
+    Reference: Xu et al. 2024, https://arxiv.org/abs/2401.08417
 
     >>> round(float(cpo(jnp.array(-4.0), jnp.array(-4.0))), 4)
     0.6931

@@ -134,7 +134,8 @@ def luspo(
     Returns:
       ClippedSurrogate(loss [...], clipped [...]).
     Raises: as `gspo`.
-    Reference: Liu et al. 2026, https://arxiv.org/abs/2602.05261
+    Reference: Liu et al. 2026, https://arxiv.org/abs/2602.05261. Form and defaults follow published code and were not
+      held against the paper's equations.
 
     >>> zeros, ones = jnp.zeros((1, 2)), jnp.ones((1, 2))
     >>> luspo(zeros, zeros, jnp.array([3.0]), ones > 0).loss.tolist()
@@ -213,7 +214,8 @@ def vespo(
       [..., T] loss, 0 outside the mask. On-policy, and for k = λ = 0, it is `policy.reinforce`. log W is limited to
       ±20, as in the authors' code.
     Raises: as `gspo`.
-    Reference: Shen et al. 2026, https://arxiv.org/abs/2602.10693
+    Reference: Shen et al. 2026, https://arxiv.org/abs/2602.10693. Form and defaults follow published code and were not
+      held against the paper's equations.
 
     >>> log_probs = jnp.array([[-1.0, -2.0]])
     >>> vespo(log_probs, log_probs, jnp.array([2.0]), jnp.array([[True, True]])).tolist()

@@ -83,7 +83,7 @@ def apo_zero_unpaired(log_ratios: Array, desirable: Array, *, beta: ArrayLike = 
       beta: β. Default 0.1 (as for `anchored_preference.apo_zero`).
     Returns:
       [...] loss per completion in [0, 1]: `kto` with reference point 0. A pair's two losses add up to `apo_zero`.
-    Reference: D'Oosterlinck et al. 2024, eq. 7, https://arxiv.org/abs/2408.06266
+    Reference: D'Oosterlinck et al. 2024, https://arxiv.org/abs/2408.06266
 
     >>> apo_zero_unpaired(jnp.array([0.0, 0.0]), jnp.array([True, False])).tolist()
     [0.5, 0.5]

@@ -7,8 +7,8 @@ everything after the first token is a response, which is how plain texts are lea
 With ``first > 0`` only layers from `first` on are run, on the trunk activations that generation or an earlier pass has
 kept in `TokenInputs.trunk`. The lower layers' parameters are then not needed.
 
-[B, R, V] logits are not formed, except for a model whose logits have a soft cap (Gemma 2). What padding holds, in
-tokens, trunk or teacher's states, changes nothing that is returned for real tokens, nor its gradient.
+[B, R, V] logits are never formed. What padding holds, in tokens, trunk or teacher's states, changes nothing that is
+returned for real tokens, nor its gradient.
 """
 
 from collections.abc import Callable
@@ -19,10 +19,8 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.logprobs import entropy, head_log_probs, response_states, token_log_probs
-from rlhf_jax.losses.distillation import soft_cross_entropy
+from rlhf_jax.logprobs import head_log_probs, response_states
 from rlhf_jax.models.heads import ScalarHead
-from rlhf_jax.models.layers import soft_cap
 from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.teacher_chunks import head_distillation
 from rlhf_jax.types import ActorCritic, Distilled, TokenInputs
@@ -61,11 +59,8 @@ def token_policy(
 
     def apply(params: dict, inputs: TokenInputs) -> Array:
         hidden = response_hidden(model, params, inputs, prompt_length=prompt_length, first=first)
-        tokens = inputs.tokens[:, prompt_length:]
-        if model.config.logit_soft_cap is None:
-            return head_log_probs(hidden, output_table(params), tokens, temperature=temperature)
-        logits = model.apply({"params": params}, hidden, method="logits")
-        return token_log_probs(logits, tokens, temperature=temperature)
+        tokens, cap = inputs.tokens[:, prompt_length:], model.config.logit_soft_cap
+        return head_log_probs(hidden, output_table(params), tokens, temperature=temperature, soft_cap=cap)
 
     return apply
 
@@ -102,15 +97,12 @@ def student(
         real, tokens = inputs.mask[:, prompt_length:], inputs.tokens[:, prompt_length:]
         taught, table = jnp.where(real[..., None], batch.teacher_hidden, 0), params["teacher_table"]
         cap = model.config.logit_soft_cap
-        if cap is None:
-            both = head_distillation(hidden, output_table(own), taught, table, tokens, temperature=temperature)
-            return Distilled(both.cross_entropy, both.log_probs, both.teacher_entropy)
-        logits = model.apply({"params": own}, hidden, method="logits")
-        teacher_logits = soft_cap(jnp.einsum("brd,vd->brv", taught, table).astype(jnp.float32), cap)
-        return Distilled(
-            soft_cross_entropy(logits, teacher_logits, temperature=temperature),
-            token_log_probs(logits, tokens, temperature=temperature),
-            entropy(teacher_logits, temperature=temperature),
+        both = head_distillation(
+            *(hidden, output_table(own), taught, table, tokens),
+            temperature=temperature,
+            soft_cap=cap,
+            teacher_soft_cap=cap,
         )
+        return Distilled(both.cross_entropy, both.log_probs, both.teacher_entropy)
 
     return apply

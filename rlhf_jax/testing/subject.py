@@ -92,8 +92,10 @@ class Subject:
         if len(leaves) != len(self.case.outputs):
             raise AssertionError(f"{self.name}: {len(leaves)} results, specified are {len(self.case.outputs)}")
         seen = []
+        sizes = dict(zip(letters, jnp.shape(mask), strict=True)) if mask is not None else {}
         for leaf, word in zip(leaves, self.case.outputs, strict=True):
-            if leaf.ndim != len(word.letters):
+            wrong = any(sizes.get(letter, n) != n for letter, n in zip(word.letters, leaf.shape, strict=False))
+            if wrong or leaf.ndim != len(word.letters):
                 raise AssertionError(f"{self.name}: a result of shape {leaf.shape}, specified is [{word.letters}]")
             visible = None if mask is None else spread(jnp.asarray(mask), letters, word.letters)
             seen.append(leaf if visible is None else jnp.where(visible, leaf, jnp.zeros((), leaf.dtype)))

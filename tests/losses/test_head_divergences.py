@@ -25,9 +25,12 @@ DENSE = {
 }
 
 
-def dense_of(function, **knobs):
+def dense_of(function, *, capped=False, **knobs):
     def result(hidden, table, teacher_hidden, teacher_table):
-        return DENSE[function](hidden @ table.T, teacher_hidden @ teacher_table.T, **knobs)
+        logits, teacher_logits = hidden @ table.T, teacher_hidden @ teacher_table.T
+        if capped:
+            logits, teacher_logits = 1.5 * jnp.tanh(logits / 1.5), 0.8 * jnp.tanh(teacher_logits / 0.8)
+        return DENSE[function](logits, teacher_logits, **knobs)
 
     return result
 
@@ -43,15 +46,19 @@ def gradient_of(function):
 
 
 @functools.cache
-def exact(function):
+def exact(function, capped):
     with jax.enable_x64(True):
         wide = [np.asarray(x, np.float64) for x in ARGUMENTS]
-        return jax.tree.map(np.asarray, gradient_of(dense_of(function, temperature=0.7))(*wide))
+        return jax.tree.map(np.asarray, gradient_of(dense_of(function, temperature=0.7, capped=capped))(*wide))
 
 
 @pytest.mark.parametrize("function", DENSE, ids=lambda f: f.__name__)
-@pytest.mark.parametrize(("axis", "chunk"), [(0, 7), (1, 7), (1, V), (0, None)])
-def test_values_and_gradients_equal_dense_float64(function, axis, chunk):
+@pytest.mark.parametrize(
+    ("axis", "chunk", "capped"), [(0, 7, False), (1, 7, False), (1, V, False), (0, None, False), (0, 7, True)]
+)
+def test_values_and_gradients_equal_dense_float64(function, axis, chunk, capped):
+    caps = {"soft_cap": 1.5, "teacher_soft_cap": 0.8} if capped else {}
+
     def chunked(hidden, table, teacher_hidden, teacher_table):
         tables = (table.T, teacher_table) if axis else (table, teacher_table.T)
         return function(
@@ -60,10 +67,11 @@ def test_values_and_gradients_equal_dense_float64(function, axis, chunk):
             vocabulary_axis=axis,
             teacher_vocabulary_axis=1 - axis,
             chunk=chunk,
+            **caps,
         )
 
     (_, per_token), gradients = gradient_of(chunked)(*ARGUMENTS)
-    (_, expected), want = exact(function)
+    (_, expected), want = exact(function, capped)
     np.testing.assert_allclose(per_token, expected, rtol=2e-5, atol=2e-6)
     for got, exactly in zip(gradients, want, strict=True):
         np.testing.assert_allclose(got, exactly, rtol=2e-4, atol=2e-6)

@@ -8,6 +8,7 @@ import pytest
 
 from rlhf_jax import masking
 from rlhf_jax.testing import CHECKS, Case, NotApplicable, check_contract
+from rlhf_jax.testing.subject import examine
 
 CASE = Case("BT:log_prob BT:log_prob BT BT:mask ->", knobs={"clip": 0.2}, stopped=("old_log_probs", "advantages"))
 
@@ -121,6 +122,19 @@ def sees_whether_it_is_traced(x, *, scale=1.0):
     return 2 * scale * x if isinstance(x, jax.core.Tracer) else scale * x
 
 
+@jax.custom_jvp
+def teaches_padding(x, mask):
+    """The sum of what counts, with a gradient that pretends that all of x counts."""
+    return masking.masked_sum(x, mask)
+
+
+teaches_padding.defjvp(lambda primals, tangents: (teaches_padding(*primals), jnp.sum(tangents[0], dtype=jnp.float32)))
+
+
+def drops_the_first(x, *, scale=1.0):
+    return scale * x[1:]
+
+
 class TracesTwice:
     """Depends on a count that survives calls, as an impure loss does."""
 
@@ -139,10 +153,14 @@ BROKEN = [
     ("jit", sees_whether_it_is_traced, ROWS, "eager and jit differ"),
     ("jit", TracesTwice(), ROWS, "eager and jit differ"),
     ("jit", good, Case(CASE.spec + " B", knobs=CASE.knobs), "a result of shape"),
+    ("jit", good, TOTALS, "1 results, specified are 2"),
+    ("jit", drops_the_first, ROWS, r"a result of shape \(7,\), specified is \[B\]"),
+    ("jit", drops_the_first, Case("D -> D", knobs=ROWS.knobs), r"a result of shape \(2,\), specified is \(3,\)"),
     ("knobs", float_on_a_knob, CASE, "a traced value is turned into a Python number"),
     ("knobs", branches_on_a_knob, CASE, "a traced value is turned into a Python number"),
     ("garbage", multiplies_by_the_mask, CASE, "nan in padding changes"),
     ("garbage", where_after_exp, CASE, "changes the gradient of log_probs"),
+    ("garbage", lambda x, mask: teaches_padding(x, mask), Case("BT BT:mask ->"), "a gradient where the mask hides it"),
     ("padding", averages_slots, CASE, "three more slots of padding"),
     ("padding", weighs_by_slot, CASE, "padding on the left"),
     ("permutation", weighs_by_row, CASE, "order of the rows"),
@@ -223,6 +241,20 @@ def test_partials_and_groups_are_cases_too():
     assert report["permutation"] == report["micro_batches"] == "passed"
     with pytest.raises(AssertionError, match="order of the rows"):
         CHECKS["permutation"](lambda rewards: pairs(rewards)[0], Case("B -> B"))
+
+
+def test_a_second_compilation_is_counted():
+    case = Case("B -> B", knobs={"scale": 1.0})
+    CHECKS["knobs"](centres_over_the_batch, case)
+    subject = examine(centres_over_the_batch, case)
+    subject.run(subject.cast(jnp.bfloat16))
+    with pytest.raises(AssertionError, match="compiled 2 times while only knobs changed"):
+        CHECKS["knobs"](centres_over_the_batch, case)
+
+
+def test_without_four_devices_the_check_says_so(monkeypatch):
+    monkeypatch.setattr(jax, "device_count", lambda: 1)
+    assert "1 devices; set XLA_FLAGS" in check_contract(good, CASE)["devices"]
 
 
 def test_rows_that_do_not_spread_over_devices_are_an_error_of_the_case():
