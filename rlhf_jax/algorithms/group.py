@@ -103,7 +103,8 @@ class Config:
 
 def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: trained parameters, their optimiser, and the policy `apply_fn(params, inputs)`."""
-    return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    return state.replace(step=jnp.zeros((), jnp.int32))  # as every later state has it, so that a step compiles once
 
 
 def experience(

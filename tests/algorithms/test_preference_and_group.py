@@ -101,7 +101,9 @@ def test_devices_micro_batches_padding_order_and_knobs(name):
     contract.assert_close(jax_utils.unreplicate(found), expected)
     parts = jax.jit(functools.partial(update, microbatches=4))
     contract.assert_close(parts(state, batch, 0.3), expected)
+    step(expected[0], batch, 0.3)  # a later state is of the first one's types
     before = len(traces)
+    assert before == 1
     contract.assert_close(step(state, dirty, 0.3), expected, rtol=1e-6, atol=1e-7)
     order = np.random.default_rng(0).permutation(B)
     contract.assert_close(step(state, jax.tree.map(lambda x: x[order], batch), 0.3), expected)
