@@ -68,7 +68,7 @@ class Stage:
         self.total = self.total if total is None else total
         self._note = note
         if metrics is not None:
-            self._metrics = "  ".join(f"{name.split('/')[-1]} {value:.3g}" for name, value in metrics.items())
+            self._metrics = _figures(metrics)
         self._console._show(self)
 
     def elapsed(self) -> float:
@@ -248,6 +248,14 @@ def _time(stage: Stage) -> str:
         return duration(stage.seconds)
     left = stage.left()
     return "" if left is None else f"{_about(left)} left"
+
+
+def _figures(metrics: Mapping[str, float]) -> str:
+    """Metrics by the last part of their names; by both parts where two would read alike."""
+    last = [name.split("/")[-1] for name in metrics]
+    alike = lambda name: last.count(name.split("/")[-1]) > 1
+    names = [name.replace("/", " ") if alike(name) else name.split("/")[-1] for name in metrics]
+    return "  ".join(f"{name} {value:.3g}" for name, value in zip(names, metrics.values(), strict=True))
 
 
 def _about(seconds: float) -> str:

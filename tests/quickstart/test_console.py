@@ -91,6 +91,13 @@ def test_downloads_are_shown_in_megabytes_with_what_is_being_done(clock):
     assert lines(file) == ["Model: 90.0 MB", "Model: 60.0/120.0 MB, 2 s left  downloading", "Model: done in 2.0 s"]
 
 
+def test_metrics_of_one_last_name_keep_their_first(clock):
+    console, file = plain(clock)
+    with console, console.stage("AC-HF", 1) as stage:
+        stage.update(1, {"policy/loss": 1.0, "value/loss": 2.0, "policy/kl": 3.0})
+    assert lines(file)[-1].endswith("policy loss 1  value loss 2  kl 3")
+
+
 @pytest.mark.parametrize("make", [plain, live])
 def test_a_command_to_copy_stays_on_one_line(clock, make):
     command = "rlhf-jax quickstart --out " + "a-long-folder-name/" * 8 + " --resume"
