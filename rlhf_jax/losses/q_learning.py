@@ -67,7 +67,7 @@ def bootstrapped_target(rewards: Array, discounts: Array, next_values: Array) ->
     rewards, discounts, next_values = jax.lax.stop_gradient(
         floating(rewards=rewards, discounts=discounts, next_values=next_values)
     )
-    return rewards + jnp.where(discounts == 0, 0.0, discounts * jnp.where(discounts == 0, 0.0, next_values))
+    return rewards + jnp.where(discounts == 0, 0.0, discounts * next_values)
 
 
 def q_learning_target(rewards: Array, discounts: Array, next_q_values: Array) -> Array:

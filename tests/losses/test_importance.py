@@ -56,6 +56,13 @@ def test_weights_of_sequences_equal_loops(name):
     assert len({bool(x) for x in expected}) == 2 or name == "truncated"
 
 
+def test_rows_may_have_any_leading_axes():
+    function = lambda *arrays: importance.sequence_truncated_weights(*arrays, cap=1.5)
+    expected = np.asarray(function(TRAINER, SAMPLER, MASK)).reshape(4, -1)
+    found = function(*(x.reshape(4, -1, T) for x in (TRAINER, SAMPLER, MASK)))
+    np.testing.assert_allclose(found, expected, rtol=1e-6)
+
+
 def test_weights_of_tokens_equal_loops():
     trainer, sampler = TRAINER[MASK], SAMPLER[MASK]
     ratios = [math.exp(float(x) - float(y)) for x, y in zip(trainer, sampler, strict=True)]

@@ -100,8 +100,8 @@ def test_ilql_policy_tilts_the_base_model():
     np.testing.assert_allclose(offline_q_learning.ilql_logits(logits, q, v, beta=0.0), logits)
     sharp = jnp.argmax(offline_q_learning.ilql_logits(logits, q, v, beta=1e6), -1)
     np.testing.assert_array_equal(sharp, np.argmax(q, -1))
-    with pytest.raises(ValueError, match="one per state"):
-        offline_q_learning.ilql_logits(logits, q, v[:2])
+    with pytest.raises(ValueError, match=rf"one per state, \(1, {len(v)}\), got \({len(v)},\)"):
+        offline_q_learning.ilql_logits(logits[None], q[None], v)
 
 
 def test_actions_are_checked_in_words():
