@@ -420,6 +420,15 @@ def test_chunks_are_chosen_by_the_number_of_rows():
     assert _chunked_head.plan_chunks(4096, 1024, None).count == 1
 
 
+@pytest.mark.parametrize("function", [head_log_probs, head_statistics])
+def test_rows_are_hidden_states_wherever_they_stand(function, monkeypatch):
+    asked = []
+    plan_chunks = _chunked_head.plan_chunks
+    monkeypatch.setattr(vocabulary_chunks, "plan_chunks", lambda *a: asked.append(a) or plan_chunks(*a))
+    jax.eval_shape(function, HIDDEN, TABLE, TOKENS)
+    assert asked == [(V, B * T, None)]
+
+
 def test_batches_sharded_over_devices_stay_sharded():
     mesh = jax.make_mesh((4,), ("data",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec("data"))
