@@ -106,7 +106,7 @@ def check_padding(function: Callable[..., Any], case: Case) -> None:
     for value, word in zip(subject.arguments, case.inputs, strict=True):
         kind = np.asarray(value).dtype.kind if word.letters != "_" else "_"
         longer.append(widen(value, word.letters, {"f": np.nan, "b": False}.get(kind, 0)))
-    widened = subject.eager(longer, mask=widen(subject.mask, "BT", False))
+    widened = subject.forward(longer, mask=widen(subject.mask, "BT", False))
     trimmed = []
     for leaf, word in zip(widened, case.outputs, strict=True):
         at = word.letters.find("T")
@@ -243,7 +243,7 @@ def check_micro_batches(function: Callable[..., Any], case: Case) -> None:
             for value, word in zip(subject.arguments, case.inputs, strict=True)
         ]
         mask = None if subject.mask is None else _shard(subject.mask, subject.mask_letters, 2)[index]
-        parts.append(subject.eager(part, mask=mask))
+        parts.append(subject.forward(part, mask=mask))
     stacked = [jnp.stack(leaves) for leaves in zip(*parts, strict=True)]
     subject.same(subject.gathered(stacked), subject.run()[0], "two micro-batches differ from one batch")
 

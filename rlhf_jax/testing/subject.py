@@ -53,6 +53,7 @@ class Subject:
         self.weak_knobs = {name: float(value) for name, value in self.knobs.items()}
         self.traces = 0
         self._compiled = jax.jit(self._run)
+        self._forward = jax.jit(self.results)
 
     def _hidden(self, index: int) -> np.ndarray | None:
         if self.mask is None or index == self.mask_index or self.case.inputs[index].letters == "_":
@@ -135,6 +136,11 @@ class Subject:
                 self.knobs if knobs is None else knobs,
             )
         return [np.asarray(leaf) for leaf in leaves], [np.asarray(gradient) for gradient in gradients]
+
+    def forward(self, arguments: Sequence[Any], *, mask: Any) -> list[Array]:
+        """Results without gradients, compiled, of arguments that may have other sizes than the case's."""
+        with self.in_words("jit fails"):
+            return self._forward(list(arguments), mask, self.knobs)
 
     def eager(self, arguments: Sequence[Any], *, mask: Any = None, knobs: dict[str, Any] | None = None) -> list[Array]:
         """Results, one operation at a time."""
