@@ -30,20 +30,19 @@ def test_interquartile_mean(game_bot, scores, wanted):
 
 
 def test_the_smoke_run_leaves_a_labelled_run_folder_and_resumes(game_bot, tmp_path, capsys):
-    arguments = ["--smoke", "--games", "tamer", "--out", str(tmp_path)]
+    arguments = ["--smoke", "--games", "tamer", "--seeds", "0,1", "--out", str(tmp_path)]
     game_bot.main(arguments)
-    first = (tmp_path / "tamer.json").read_text()
+    seconds = (tmp_path / "seconds.json").read_text()
     results = json.loads((tmp_path / "results.json").read_text())
     assert results["smoke"] is True
     assert results["feedback"] == "scripted"
     assert len(results["results"]["tamer/tamer"]["seeds"]) == 2
     assert "scripted" in (tmp_path / "report.html").read_text()
-    lines = (tmp_path / "metrics.jsonl").read_text()
     game_bot.main(arguments)
-    assert (tmp_path / "tamer.json").read_text() == first  # seconds included: nothing was run again
-    assert (tmp_path / "metrics.jsonl").read_text() == lines
-    game_bot.main([*arguments, "--seed", "1"])
-    assert (tmp_path / "tamer.json").read_text() != first
+    assert (tmp_path / "seconds.json").read_text() == seconds  # nothing was run again
+    assert json.loads((tmp_path / "results.json").read_text()) == results
+    with pytest.raises(UserError, match="other options"):
+        game_bot.main([*arguments, "--lessons", "2"])
     capsys.readouterr()
 
 
