@@ -42,6 +42,9 @@ __all__ = [
 ]
 
 
+MINIBATCHES = 4
+
+
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """How much is played, asked and learned."""
@@ -60,7 +63,7 @@ class Config:
     members: int = 3
     judge_steps: int = 60  # gradient steps of the reward models per round
     epochs: int = 4
-    rate: float = 1e-3
+    rate: float = 1e-3  # of the reward models; the agent's falls from it to 0 in a line
     hidden: int = 32
     filters: int = 0  # of the reward model on boards
     entropy_weight: float = 0.01
@@ -181,7 +184,7 @@ def turn(
     batch = actor_critic.Batch(inputs, mask, old.log_probs, old.values, white, learned.returns)
     knobs = actor_critic.Config(value_clip=1e6, value_weight=0.5, entropy_weight=config.entropy_weight)
     agent, _ = actor_critic.update_epochs(
-        learner.agent, batch, update_key, epochs=config.epochs, minibatches=4, config=knobs
+        learner.agent, batch, update_key, epochs=config.epochs, minibatches=MINIBATCHES, config=knobs
     )
     returned = jnp.sum(play.rewards) / jnp.maximum(jnp.sum(play.ended), 1)
     return learner._replace(agent=agent, games=games), returned
@@ -192,7 +195,8 @@ def start(key: Array, game: Environment, config: Config) -> Learner:
     network, scorer = networks(game, config)
     agent_key, judge_key, game_key = jax.random.split(key, 3)
     seen, action = jnp.zeros((1, *game.observation_shape)), jnp.zeros(1, jnp.int32)
-    adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(config.rate))
+    updates = config.rounds * config.turns * config.epochs * MINIBATCHES
+    adam = optax.chain(optax.clip_by_global_norm(0.5), optax.adam(optax.linear_schedule(config.rate, 0.0, updates)))
     agent = actor_critic.init(network.init(agent_key, seen)["params"], control.actor_critic(network), adam)
     start_judge = lambda key: reward_model.init(
         scorer.init(key, seen, seen, action)["params"], segment_score(scorer), optax.adam(config.rate)
