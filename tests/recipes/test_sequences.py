@@ -1,0 +1,82 @@
+"""Recipes for small decoders: the multiplier, the tilted weights, and that AC-HF and GRPO raise a reward they can."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from rlhf_jax import constraints
+from rlhf_jax.algorithms import actor_critic, group
+from rlhf_jax.models import policies
+from rlhf_jax.models.heads import ScalarHead
+from rlhf_jax.models.transformer import Transformer, TransformerConfig
+from rlhf_jax.recipes import sequences
+from rlhf_jax.recipes.sequences import Judged, Prompts, Rated, Task
+from rlhf_jax.types import TokenInputs
+
+SHAPE = TransformerConfig(vocab_size=6, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_width=16)
+TASK = Task(Transformer(SHAPE), prompt_length=2, length=2, end_token=0, pad_token=5)
+PROMPTS = Prompts(jnp.array([[1, 2], [3, 1], [2, 2], [4, 3]]), jnp.ones((4, 2), bool), jnp.array([1, 2, 1, 2]))
+CRITIC = ScalarHead(scale=0.0)
+
+
+def judge(rollout, truth, states):
+    """The first token should be the truth; 4 costs."""
+    first = rollout.responses[:, 0]
+    return Judged((first == truth).astype(jnp.float32), (first == 4).astype(jnp.float32), truth == 1)
+
+
+@pytest.fixture(scope="module")
+def base():
+    one = jnp.zeros((1, 1), jnp.int32)
+    return TASK.model.init(jax.random.key(0), one, one == 0, method="initialise")["params"]
+
+
+@pytest.mark.parametrize("method", ["ac_hf", "grpo"])
+def test_a_checkable_reward_is_learnt(base, method):
+    knobs = {"task": TASK, "judge": judge, "turns": 30, "rows": 16, "minibatches": 1}
+    if method == "ac_hf":
+        params = {"actor": base, "critic": CRITIC.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]}
+        apply = sequences.actor_critic_policy(TASK, CRITIC)
+        agent = actor_critic.init(params, apply, optax.adam(1e-2), kl_coefficient=0.0)
+        learner = sequences.Learner(agent, constraints.init_lagrange())
+        call = functools.partial(sequences.learn, config=actor_critic.Config(), **knobs)
+    else:
+        train = group.init(base, policies.token_policy(TASK.model, prompt_length=2), optax.adam(1e-2))
+        learner = sequences.GroupLearner(train, constraints.init_lagrange())
+        call = functools.partial(sequences.learn_in_groups, config=group.Config(group=4, kl_weight=0.0), **knobs)
+    step = jax.jit(call)
+    learner, before = step(learner, base, PROMPTS, jax.random.key(2))
+    learner, after = step(learner, base, PROMPTS, jax.random.key(3))
+    assert float(after["human/reward"]) > float(before["human/reward"]) + 0.2
+    assert float(after["constraint/multiplier"]) == 0.0  # multiplier_rate is 0
+
+
+def test_the_multiplier_follows_answers_at_stake_alone():
+    costs, stake = jnp.array([1.0, 0.0, 1.0]), jnp.array([True, True, False])
+    judged = Judged(jnp.zeros(3), costs, stake)
+    state, told = sequences.ascend(constraints.init_lagrange(1.0), judged, limit=0.1, rate=0.5)
+    assert float(state.multiplier) == pytest.approx(1.0 + 0.5 * (0.5 - 0.1))
+    assert float(told["constraint/cost"]) == 0.5
+    nobody = judged._replace(at_stake=jnp.zeros(3, bool))
+    assert float(sequences.ascend(state, nobody, limit=0.1, rate=0.5)[0].multiplier) == float(state.multiplier)
+
+
+def test_tilted_weights_have_mean_one_and_meet_the_limit():
+    rng = np.random.default_rng(0)
+    rewards, costs = rng.normal(size=(8, 4)).astype(np.float32), rng.integers(0, 2, (8, 4)).astype(np.float32)
+    costs[:, 0] = 0.0  # a harmless answer is always there
+    inputs, mask = TokenInputs(jnp.zeros((8, 4, 4), jnp.int32), jnp.ones((8, 4, 4), bool)), jnp.ones((8, 4, 2), bool)
+    rated = Rated(inputs, mask, jnp.asarray(rewards), jnp.asarray(costs), jnp.ones((8, 4), bool))
+    weights, lagrange = sequences.tilt(rated, beta=0.5)
+    expected = np.exp(rewards / 0.5)
+    np.testing.assert_allclose(weights, expected / expected.mean(1, keepdims=True), rtol=1e-5)
+    assert float(lagrange.multiplier) == 0.0
+    limited = functools.partial(sequences.tilt, beta=0.05, limit=0.05, multiplier_rate=2.0, steps=400)
+    weights, lagrange = jax.jit(limited)(rated)
+    np.testing.assert_allclose(weights.mean(1), 1.0, rtol=1e-5)
+    assert float(lagrange.multiplier) > 0
+    assert float((weights * costs).mean()) < 0.08
