@@ -202,7 +202,9 @@ def main() -> None:
         skipping = word in taken or (skipping and not word.startswith("-"))
         rest += [] if skipping else [word]
     for model, task in cases:
-        subprocess.run([sys.executable, "-m", "benchmarks.steps", *rest, "--tasks", task, "--models", model], check=True)
+        subprocess.run(
+            [sys.executable, "-m", "benchmarks.steps", *rest, "--tasks", task, "--models", model], check=True
+        )
 
 
 if __name__ == "__main__":

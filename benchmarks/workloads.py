@@ -119,7 +119,7 @@ def normal_like(shapes: Any, seed: int) -> Any:
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
         if leaf.ndim == 1:
-            return jnp.full(leaf.shape, float(name == "scale"))
+            return jnp.full(leaf.shape, name == "scale", jnp.float32)
         return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
