@@ -9,8 +9,9 @@ import dataclasses
 import os
 import re
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Protocol
 
+from rlhf_jax.data.chat import Message, render_chat
 from rlhf_jax.errors import UserError, missing_extra
 from rlhf_jax.models.gguf import open_gguf, read_field
 
@@ -18,7 +19,7 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer as Backend
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "Tokenizer", "load_gguf_tokenizer"]
+__all__ = ["BPETokenizer", "ByteTokenizer", "ChatTokenizer", "Tokenizer", "load_gguf_tokenizer"]
 
 _CONTROL = 3  # the token type that GGUF gives to control tokens
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r")  # one digit at a time, then as GPT-2
@@ -39,6 +40,21 @@ class Tokenizer(Protocol):
 
     def encode(self, text: str) -> list[int]: ...
     def decode(self, ids: Iterable[int]) -> str: ...
+
+
+class ChatTokenizer(Tokenizer, Protocol):
+    """What conversations need of a tokenizer besides."""
+
+    @property
+    def chat_template(self) -> str | None: ...
+    @property
+    def special_tokens(self) -> dict[str, str]: ...
+    @property
+    def control_ids(self) -> dict[str, int]: ...
+    @property
+    def stop_ids(self) -> tuple[int, ...]: ...
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]: ...
 
 
 @dataclasses.dataclass(frozen=True)
@@ -85,22 +101,35 @@ class BPETokenizer:
           text: any text.
           control_tokens: True reads control tokens in the text as such. Only for text from `render_chat`.
         """
-        if not (control_tokens and self.control_ids):
+        if not control_tokens:
             return self.backend.encode(text).ids
+        return self.encode_with_places(text)[0]
+
+    def encode_with_places(self, text: str) -> tuple[list[int], list[tuple[int, int]]]:
+        """Token ids of text from `render_chat`, with the characters (first, end) that each token stands for."""
         longest_first = sorted(self.control_ids, key=len, reverse=True)
-        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text)
+        pieces = re.split(f"({'|'.join(map(re.escape, longest_first))})", text) if longest_first else [text]
         ids: list[int] = []
+        places: list[tuple[int, int]] = []
+        start = 0
         for piece in pieces:
             control = self.control_ids.get(piece)
-            ids += [control] if control is not None else self.backend.encode(piece).ids
-        return ids
+            if control is not None:
+                ids.append(control)
+                places.append((start, start + len(piece)))
+            elif piece:
+                encoding = self.backend.encode(piece)
+                ids += encoding.ids
+                places += [(start + first, start + end) for first, end in encoding.offsets]
+            start += len(piece)
+        return ids, places
 
     def decode(self, ids: Iterable[int], *, control_tokens: bool = False) -> str:
         """The text of `ids`. Control tokens are left out unless `control_tokens`; half characters become U+FFFD."""
         hidden = frozenset() if control_tokens else frozenset(self.control_ids.values()) | {self.pad_id}
         return self.backend.decode([i for i in map(int, ids) if i not in hidden], skip_special_tokens=False)
 
-    def render_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> str:
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
         """A conversation as the text that the model was trained on, by the model's own template.
 
         Args:
@@ -111,28 +140,23 @@ class BPETokenizer:
         """
         if self.chat_template is None:
             raise UserError("This model's tokenizer has no chat template: use a model tuned for chat, or plain text")
-        try:
-            from jinja2 import TemplateError
-            from jinja2.sandbox import ImmutableSandboxedEnvironment
-        except ImportError:
-            raise missing_extra("jinja2", "quickstart", "render a chat template") from None
+        return render_chat(
+            self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=self.special_tokens
+        )
 
-        def refuse(message: str) -> None:
-            raise TemplateError(message)
-
-        environment = ImmutableSandboxedEnvironment(trim_blocks=True, lstrip_blocks=True)
-        environment.globals["raise_exception"] = refuse
-        names: dict[str, Any] = {"bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)}
-        try:
-            return environment.from_string(self.chat_template).render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **names
-            )
-        except TemplateError as error:
-            raise UserError(f"The model's chat template does not accept these messages: {error}") from None
-
-    def encode_chat(self, messages: Sequence[dict[str, str]], add_generation_prompt: bool = True) -> list[int]:
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
         """Token ids of a conversation; a control token written inside a message counts as a control token."""
         return self.encode(self.render_chat(messages, add_generation_prompt), control_tokens=True)
+
+    @property
+    def special_tokens(self) -> dict[str, str]:
+        """Texts of the begin and the end token, by the names that chat templates have for them."""
+        return {"bos_token": self._token(self.bos_id), "eos_token": self._token(self.eos_id)}
+
+    @property
+    def stop_ids(self) -> tuple[int, ...]:
+        """Tokens that end a response: the end token."""
+        return (self.eos_id,)
 
     def _token(self, token_id: int) -> str:
         return self.backend.id_to_token(token_id) or ""

@@ -1,5 +1,7 @@
 """data/tokenizer.py: any text survives, control tokens are only control tokens when asked, padding is never the end."""
 
+import dataclasses
+
 import gguf
 import pytest
 from hypothesis import example, given
@@ -150,8 +152,8 @@ def test_a_pad_token_of_its_own_is_kept_and_otherwise_found(tmp_path, pad, expec
 def test_missing_packages_name_the_extra(tokenizer, tmp_path, monkeypatch):
     path = write(tmp_path / "tokens.gguf")
     monkeypatch.setitem(__import__("sys").modules, "jinja2", None)
-    with pytest.raises(UserError, match=r"`jinja2`.*pip install 'rlhf_jax\[quickstart\]'"):
-        tokenizer.render_chat([])
+    with pytest.raises(UserError, match=r"`jinja2`.*pip install 'rlhf_jax\[data\]'"):
+        dataclasses.replace(tokenizer, chat_template="never compiled before").render_chat([])
     monkeypatch.setitem(__import__("sys").modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"`tokenizers`.*pip install 'rlhf_jax\[quickstart\]'"):
         load_gguf_tokenizer(path)
