@@ -113,9 +113,7 @@ def encode_pair(
     answer = together[len(tokens) :] if joined else chat.encode_with_places(whole[len(before) :])[0]
     own, ends = _up_to_stop(list(range(len(answer))), answer, chat)
     if not ends:
-        raise UserError(
-            "the response has no end token to learn, so that no model would stop; correct the template"
-        )
+        raise UserError("the response has no end token to learn, so that no model would stop; correct the template")
     return tokens, [answer[index] for index in own]
 
 
@@ -135,7 +133,7 @@ def check_rows(rows: Sequence[EncodedRow], tokenizer: Tokenizer, *, length: int,
         if len(tokens) > length:
             kept = sum(targets[1:length])
             raise UserError(
-                f"{name} has {len(tokens)} tokens but only {length} slots; {kept} of {sum(targets)} targets lie in them; "
+                f"{name} has {len(tokens)} tokens but only {length} slots; {kept} of {sum(targets)} targets fit; "
                 "shorten it, leave it out or use more slots"
             )
         if tokenizer.bos_id != tokenizer.eos_id and tokens[:2] == [tokenizer.bos_id] * 2:

@@ -95,7 +95,7 @@ def test_rows_become_a_batch():
     [
         (
             EncodedRow([5] * 5, [False] * 4 + [True]),
-            "data:1 has 5 tokens but only 4 slots; 0 of 1 targets lie",
+            "data:1 has 5 tokens but only 4 slots; 0 of 1 targets fit",
         ),
         (EncodedRow([257, 257, 5], [True] * 3), "data:1 begins with the begin token twice"),
         (EncodedRow([5, 256], [True] * 2), "data:1 holds the padding token 256 at 1"),
