@@ -14,8 +14,9 @@ rated whole chats, mostly by length, and the judge is only as good as its accura
 table shows first: **nothing here shows that a reward model learnt wit.** A higher score means more like replies in
 chats that were rated higher.
 
-Expected curve. On the reward as collected the reward climbs with the reply's length, and the judge's score does not
-follow: length hacking. With length removed the length stays near the base's, and the judge's score climbs.
+Expected curve. On the reward as collected replies should grow with the reward and the judge's score should not follow:
+length hacking; with length removed they should stay as long as the base's. On the one seed measured so far neither holds
+to the end: replies grow from 14 to 20 tokens and come back to 15, and with length removed shrink to 8.
 
     python experiments/spoken_dialogue.py --out runs/spoken_dialogue --seeds 0,1,2 [--smoke]
 """
