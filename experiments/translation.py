@@ -50,8 +50,8 @@ from rlhf_jax.recipes.sequences import Judged, Prompts, Task
 from rlhf_jax.types import PreferenceBatch, Rollout, TokenInputs
 
 try:
-    from sacrebleu.metrics.bleu import BLEU
-    from sacrebleu.metrics.chrf import CHRF
+    from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
+    from sacrebleu.metrics.chrf import CHRF  # pyright: ignore[reportMissingImports]
     from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 except ImportError as error:
     raise missing_extra(error.name or "sacrebleu", "translation", "score translations") from error

@@ -7,19 +7,24 @@ out. Templates with free text, and those that need to know where the speaker sta
 The packages are date-versioned; tested with home-assistant-intents 2026.10.27 and hassil 3.12.1 (both Apache-2.0).
 """
 
+import importlib
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.errors import missing_extra
 
-try:
-    import hassil
-    import home_assistant_intents
-except ImportError as error:
-    raise missing_extra(error.name or "hassil", "smart-home", "sample and parse commands") from error
-
 __all__ = ["HOUSEHOLD", "OPENS", "Command", "sample_commands"]
+
+
+def _optional(name: str) -> Any:
+    try:
+        return importlib.import_module(name)
+    except ImportError:  # `sample_commands` says so
+        return None
+
+
+hassil, home_assistant_intents = _optional("hassil"), _optional("home_assistant_intents")
 
 HOUSEHOLD: dict[str, dict[str, list[str]]] = {
     "en": {
@@ -118,7 +123,11 @@ def sample_commands(*, per_template: int, most: int = 10_000, seed: int = 0) -> 
       per_template: draws from each template; equal ones count once.
       most: templates per language; those about locks come first, the others at random.
       seed: of the draws.
+    Raises:
+      UserError: the packages are not installed.
     """
+    if hassil is None or home_assistant_intents is None:
+        raise missing_extra("hassil and home-assistant-intents", "smart-home", "sample and parse commands")
     rng, found = np.random.default_rng(seed), {}
     for language, house in HOUSEHOLD.items():
         intents = hassil.Intents.from_dict(home_assistant_intents.get_intents(language) or {})

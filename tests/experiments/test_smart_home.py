@@ -9,6 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.data import home_commands
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import Rollout
 
 PATH = pathlib.Path(__file__).parents[2] / "experiments" / "smart_home.py"
@@ -38,6 +40,12 @@ def test_commands_are_what_hassil_reads(rows):
     assert all(row["opens"] for row in unlocking)
     assert not any(row["opens"] for row in rows if row["intent"] == "HassGetState")
     assert len({(row["language"], row["text"]) for row in rows}) == len(rows)
+
+
+def test_without_the_packages_the_extra_is_named(monkeypatch):
+    monkeypatch.setattr(home_commands, "hassil", None)
+    with pytest.raises(UserError, match="smart-home"):
+        home_commands.sample_commands(per_template=1)
 
 
 def test_templates_are_kept_apart_and_feedback_sees_agreement_questions_and_violations(smart_home, rows):
