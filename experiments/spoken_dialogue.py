@@ -15,8 +15,8 @@ table shows first: **nothing here shows that a reward model learnt wit.** A high
 chats that were rated higher.
 
 Expected curve. On the reward as collected replies should grow with the reward and the judge's score should not follow:
-length hacking; with length removed they should stay as long as the base's. On the one seed measured so far neither holds
-to the end: replies grow from 14 to 20 tokens and come back to 15, and with length removed shrink to 8.
+length hacking; with length removed they should stay as long as the base's. On the one seed measured so far neither
+holds to the end: replies grow from 14 to 20 tokens and come back to 15, and with length removed shrink to 8.
 
     python experiments/spoken_dialogue.py --out runs/spoken_dialogue --seeds 0,1,2 [--smoke]
 """

@@ -126,14 +126,13 @@ def students(folder: RunFolder, seed: int, world: World, base: Policy, prompts: 
 
     def learn(name: str, number: int, start: Any, weights: Array) -> Any:
         probabilities, importance = policy_distillation.proposal(weights)
+        exact = np.asarray(probabilities, np.float64)
         every = policy_distillation.Batch(taught, rollout.response_mask, weights, importance)
         state = policy_distillation.init({"student": start}, apply_fn, adam(1e-3, config.student_steps))
 
         def step(state: Any, index: int) -> tuple[Any, dict[str, Array]]:
             rng = np.random.default_rng((seed, 7, number, index))
-            chosen = rng.choice(
-                len(weights), config.batch, p=np.asarray(probabilities, np.float64) / probabilities.sum()
-            )
+            chosen = rng.choice(len(weights), config.batch, p=exact / exact.sum())
             return update(state, jax.tree.map(lambda x: x[chosen], every), frozen=fixed)
 
         return folder.stage(f"seed_{seed}/{name}", step, state, config.student_steps).params["student"]
