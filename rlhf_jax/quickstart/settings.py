@@ -90,9 +90,9 @@ def full(seed: int = 0, devices: int = 2) -> Settings:
         kl_coefficient=0.12,
         student_layers=(*range(12), *range(22, 30)),  # of all runs of ten layers, these ten are missed least
         student_from=12,
-        teacher_samples=1536,
+        teacher_samples=1280,
         start_steps=16,
-        student_steps=56,
+        student_steps=48,
         student_batch=16,
         student_rate=4e-4,
         human_beta=0.3,
