@@ -12,6 +12,7 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.quickstart import figures
 from rlhf_jax.quickstart.report import (
     Bin,
+    Clip,
     Interval,
     Plot,
     Report,
@@ -199,9 +200,10 @@ def test_empty_parts_are_left_out():
     assert not page.all("section")
     assert not page.all("svg")
     assert "<p" not in render(Report(title="Nothing yet"))
+    whole = dataclasses.replace(REPORT, clips=[Clip("before", b"GIF89a")])
     for field in dataclasses.fields(Report):
         if field.name not in ("title", "summary"):
-            one = Report(title="t", **{field.name: getattr(REPORT, field.name)})
+            one = Report(title="t", **{field.name: getattr(whole, field.name)})
             assert len(Page(render(one)).all("section")) == (2 if field.name == "plots" else 1), field.name
 
 
