@@ -513,6 +513,7 @@ BETA = {"beta": 1.0}
 row(human_distillation.human_teacher_logits, "BV BV -> BV", "teacher_logits rewards", knobs=BETA)
 row(human_distillation.human_reweighted_cross_entropy, "BV BV BV -> B", "teacher_logits rewards", knobs=BETA)
 row(human_distillation.human_weights, "B B:mask -> B", "rewards", knobs=BETA)
+row(human_distillation.human_step_weights, "BT B BT:mask -> BT", "values rewards", knobs=BETA)
 row(
     human_distillation.human_reverse_kl_rewards,
     "BT:log_prob BT:log_prob BT -> BT",

@@ -8,9 +8,10 @@ with human reward r and baseline b = 1: dense soft targets, and an unbiased huma
 control variate. In expectation it is the reward-weighted likelihood, whose optimum is π_T exp(r / β) / Z. With all
 rewards equal w = 1, and it is plain distillation, whose optimum is π_T.
 
-Few samples carry most of w. Rows drawn with probability ∝ (1 + w) / 2 instead, from the teacher and its
-human-reweighted target in equal parts, with importance 2 / (1 + w), have the same expectation and bounded coefficients:
-see `proposal` and `draw_rows`.
+Few samples carry most of w(y). Two remedies with the same optimum: weights w(s_t, y_t) per token, if something knows
+what a beginning is worth (`losses.human_distillation.human_step_weights`); or rows drawn with probability
+∝ (1 + w) / 2, from the teacher and its human-reweighted target in equal parts, with importance 2 / (1 + w)
+(`proposal`).
 
 `apply_fn(params, inputs) -> Distilled` compares the student with the teacher; `rlhf_jax.models.policies` makes one for
 language models in which teacher and student are hidden states and output tables.
@@ -20,7 +21,6 @@ import dataclasses
 from collections.abc import Callable
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
@@ -34,7 +34,7 @@ from rlhf_jax.training.gradients import loss_and_gradients
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import Distilled
 
-__all__ = ["Batch", "Config", "draw_rows", "init", "loss", "proposal", "update"]
+__all__ = ["Batch", "Config", "init", "loss", "proposal", "update"]
 
 
 @struct.dataclass
@@ -43,7 +43,7 @@ class Batch:
 
     inputs: Any  # what apply_fn takes; every leaf has the leading axis B
     mask: Array  # [B, T] bool, generated tokens
-    human_weights: Array  # [B] w(y), see `losses.human_distillation.human_weights`; ones for plain distillation
+    human_weights: Array  # [B] w(y) or [B, T] w(s_t, y_t), see `losses.human_distillation`; ones: plain distillation
     importance: Array | None = None  # [B] π_T(y) / q(y) of rows drawn from q; None for the teacher's own samples
 
 
@@ -71,29 +71,6 @@ def proposal(human_weights: Array) -> tuple[Array, Array]:
     return mixed / jnp.sum(mixed), 2.0 / mixed
 
 
-def draw_rows(key: Array, probabilities: Array, count: int) -> Array:
-    """Systematic sampling: row i is drawn ⌊count pᵢ⌋ or ⌈count pᵢ⌉ times, count pᵢ on average, in random order.
-
-    The mean over the rows is as unbiased as with independent draws, and varies less.
-
-    Args:
-      key: consumed.
-      probabilities: [N], of sum 1.
-      count: rows to draw.
-    Returns:
-      [count] int32 rows.
-
-    Reference: Kitagawa 1996, "Monte Carlo filter and smoother for non-Gaussian nonlinear state space models".
-
-    >>> jnp.bincount(draw_rows(jax.random.key(0), jnp.array([0.25, 0.75]), 4)).tolist()
-    [1, 3]
-    """
-    place, order = jax.random.split(key)
-    points = (jnp.arange(count) + jax.random.uniform(place)) / count
-    rows = jnp.searchsorted(jnp.cumsum(probabilities), points, side="right")
-    return jax.random.permutation(order, jnp.minimum(rows, len(probabilities) - 1).astype(jnp.int32))
-
-
 def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: the student's trained parameters and their optimiser."""
     return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
@@ -103,7 +80,8 @@ def loss(params: Any, apply_fn: Callable[..., Distilled], batch: Batch, *, confi
     """Soft-target cross-entropy with the human term, per token, for rows drawn from q = π_T or another proposal."""
     student = apply_fn(params, batch.inputs)
     soft, log_probs, teacher_entropy = masking.zero_outside(batch.mask, *student)
-    objective = human_soft_targets(soft, log_probs, batch.human_weights[:, None])
+    weights = batch.human_weights.reshape(len(batch.mask), -1)  # [B, 1] or [B, T]
+    objective = human_soft_targets(soft, log_probs, weights)
     if batch.importance is not None:
         objective = batch.importance[:, None] * objective
     return {

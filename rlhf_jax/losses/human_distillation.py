@@ -16,6 +16,9 @@ form                                          needs                           op
 (a), (c) and (d) minimise KL(π* ‖ π_S), (b) minimises KL(π_S ‖ π*), with π* = π_T exp(r / β) / Z: they differ only where
 the student cannot express π*. β -> ∞ is plain distillation in all of them, β -> 0 keeps only what people like best.
 
+(c) and (d) take one weight per sequence (`human_weights`), or one per token (`human_step_weights`), which says at which
+token the sequence became what people like: the same optimum, and far less luck in few samples.
+
 **What does not work** is weighting the soft-target cross-entropy, w(y) H(π_T, π_S)(s_t): the weight multiplies every
 token of the target alike, so at each prefix the best answer is still π_T, whatever people said. Only a student with
 shared parameters feels it, as a change of which prefixes matter.
@@ -29,11 +32,13 @@ from jax.typing import ArrayLike
 from rlhf_jax.losses._pairs import floating, knob
 from rlhf_jax.losses.distillation import soft_cross_entropy
 from rlhf_jax.masking import check_mask, masked_mean
+from rlhf_jax.returns import at_next_valid, clean
 
 __all__ = [
     "human_reverse_kl_rewards",
     "human_reweighted_cross_entropy",
     "human_soft_targets",
+    "human_step_weights",
     "human_teacher_logits",
     "human_weights",
     "reward_weighted_cross_entropy",
@@ -112,13 +117,48 @@ def human_weights(rewards: Array, mask: Array, *, beta: ArrayLike, axis_name: st
     """
     (rewards,) = jax.lax.stop_gradient(floating(rewards=rewards))
     check_mask(mask, rewards)
-    exponent = jnp.where(mask, rewards, -jnp.inf) / knob(beta, rewards)
+    exponent = jnp.where(mask, rewards / knob(beta, rewards), -jnp.inf)
     largest = jnp.max(exponent)
     if axis_name is not None:
         largest = jax.lax.pmax(largest, axis_name)
     weights = jnp.where(mask, jnp.exp(jnp.where(mask, exponent - largest, 0.0)), 0.0)
     mean = masked_mean(weights, mask, axis_name=axis_name)
     return jax.lax.stop_gradient(weights / jnp.where(mean > 0, mean, 1.0))
+
+
+def human_step_weights(
+    values: Array, rewards: Array, mask: Array, *, beta: ArrayLike, axis_name: str | None = None
+) -> Array:
+    """Human weights of single tokens: w_t = exp((V(s_{t+1}) - V(s_t)) / β), scaled to mean 1 over the batch's tokens.
+
+    V(s_t) is what people will say of the finished sequence, as far as its beginning tells; after the last token it is
+    r(y). With the soft value V(s) = β log E_{y ~ π_T}[exp(r(y) / β) | s], the target π_T(a | s) w(s, a) is the
+    next-token distribution of π_T exp(r / β) / Z at every prefix, however often the prefix occurs; a sequence's weights
+    multiply to exp((r - V(s_0)) / β) before they are scaled. With another V, for instance a reward model's score of the
+    text so far, the target is a step of policy improvement over the teacher. Only differences of V count; equal ones or
+    β -> ∞ give ones. Stopped.
+
+    Args:
+      values: [B, T] V of the state before each token.
+      rewards: [B] human reward of each sequence.
+      mask: [B, T] bool, tokens that the teacher generated; the others get weight 0.
+      beta: β > 0, reward per nat.
+      axis_name: mapped axis whose devices share one mean.
+    Returns:
+      [B, T] weights >= 0.
+    Raises:
+      TypeError: values or rewards are not floating, or the mask is not bool. AssertionError: shapes differ.
+    Reference: the soft value and its policy, Levine 2018, https://arxiv.org/abs/1805.00909; of finished and unfinished
+      texts, Yang and Klein 2021, https://arxiv.org/abs/2104.05218
+
+    >>> real = jnp.array([[True, True], [True, False]])
+    >>> weights = human_step_weights(jnp.zeros((2, 2)), jnp.array([1.0, 0.0]), real, beta=1.0)
+    >>> [[round(w, 4) for w in row] for row in weights.tolist()]
+    [[0.6358, 1.7284], [0.6358, 0.0]]
+    """
+    (values,), (rewards,) = clean(mask, values, names=("values",)), floating(rewards=rewards)
+    gains = jax.lax.stop_gradient(at_next_valid(values, mask, rewards) - values)
+    return human_weights(gains, mask, beta=beta, axis_name=axis_name)
 
 
 # --- (b) on-policy, with the reward in the advantage ------------------------------------------------------------------
@@ -175,7 +215,7 @@ def reward_weighted_cross_entropy(log_probs: Array, weights: Array) -> Array:
 
     Args:
       log_probs: [..., T] log π_S of the tokens that the teacher sampled.
-      weights: [..., 1] w(y) of each sequence (`human_weights`), or [..., T] per token; stopped.
+      weights: [..., 1] w(y) of each sequence (`human_weights`), or [..., T] per token (`human_step_weights`); stopped.
     Returns:
       [..., T] loss per token; sum it over the sequence.
     Raises:
@@ -203,7 +243,7 @@ def human_soft_targets(
     Args:
       soft_cross_entropy: [..., T] H(π_T, π_S) at each prefix of y, see `soft_cross_entropy` and `head_distillation`.
       log_probs: [..., T] log π_S of the tokens that the teacher sampled.
-      weights: [..., 1] w(y) of each sequence (`human_weights`), or [..., T] per token.
+      weights: [..., 1] w(y) of each sequence (`human_weights`), or [..., T] per token (`human_step_weights`).
       baseline: b, a number or [..., T]; 1 suits weights of mean 1.
     Returns:
       [..., T] loss per token; sum it over the sequence. May be negative where w < b.

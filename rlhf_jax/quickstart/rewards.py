@@ -1,5 +1,6 @@
 """The stage "reward model and judge": two linear Bradley-Terry heads on the frozen trunk, from single raters' pairs."""
 
+import functools
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -19,7 +20,7 @@ from rlhf_jax.quickstart.material import pack
 from rlhf_jax.quickstart.settings import Settings
 from rlhf_jax.types import PreferenceBatch
 
-__all__ = ["RewardModels", "reward_models", "score"]
+__all__ = ["RewardModels", "prefix_scores", "reward_models", "score"]
 
 HEAD = ScalarHead()
 
@@ -38,6 +39,14 @@ def _pooled(activations: Array, mask: Array) -> Array:
 def score(head: dict, activations: Array, mask: Array) -> Array:
     """[B] scores of sequences from one layer's activations [B, T, D]: mean over tokens, standardise, linear head."""
     return _score_features(head, _pooled(activations, mask))
+
+
+def prefix_scores(head: dict, activations: Array, mask: Array) -> Array:
+    """[B, T] `score` of each beginning: entry t is the score of the tokens up to and including t."""
+    real = mask[..., None]
+    sums = jnp.cumsum(jnp.where(real, activations, 0.0), axis=-2)
+    counts = jnp.cumsum(real, axis=-2)
+    return jax.vmap(functools.partial(_score_features, head), in_axes=1, out_axes=1)(sums / jnp.maximum(counts, 1))
 
 
 def _score_features(head: dict, features: Array) -> Array:

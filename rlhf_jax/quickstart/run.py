@@ -151,8 +151,8 @@ def quickstart(out: Path, settings: Settings, *, tiny: bool, resume: bool, conso
         with folder.timed("samples of the base model") as bar:
             samples = stages.teacher_samples(context, base, models)
             bar.update(1)
-        actor, critic = stages.ac_hf(context, base, models, samples)
-        plain, human = stages.policy_distillation_students(context, base, critic, samples)
+        actor = stages.ac_hf(context, base, models, samples)
+        plain, human = stages.policy_distillation_students(context, base, samples)
         policies = {"base": base, "ac_hf": actor, "pd": plain, "pd_human": human}
         judged: dict[str, Judged] = {}
         with folder.timed("judging", len(policies)) as bar:

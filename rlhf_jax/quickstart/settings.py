@@ -90,12 +90,12 @@ def full(seed: int = 0, devices: int = 2) -> Settings:
         kl_coefficient=0.12,
         student_layers=(*range(12), *range(22, 30)),  # of all runs of ten layers, these ten are missed least
         student_from=12,
-        teacher_samples=1280,
+        teacher_samples=768,
         start_steps=16,
         student_steps=48,
         student_batch=16,
         student_rate=4e-4,
-        human_beta=0.3,
+        human_beta=0.1,
     )
 
 
@@ -128,6 +128,6 @@ def tiny(seed: int = 0, devices: int = 2) -> Settings:
         student_steps=40,
         student_batch=64,
         student_rate=2e-3,
-        human_beta=1.0,
+        human_beta=0.3,
         eval_prompts=128,
     )

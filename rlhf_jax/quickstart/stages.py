@@ -14,13 +14,13 @@ import optax
 from jax import Array
 
 from rlhf_jax.algorithms import actor_critic, policy_distillation, sft
-from rlhf_jax.losses.human_distillation import human_weights
+from rlhf_jax.losses.human_distillation import human_step_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.quickstart.context import Policy, Run, adam, continuations, continue_with, layers_from
 from rlhf_jax.quickstart.material import Tokens, pack, prompts
-from rlhf_jax.quickstart.rewards import RewardModels, score
+from rlhf_jax.quickstart.rewards import RewardModels, prefix_scores, score
 from rlhf_jax.training.state import merge_params, split_params
 from rlhf_jax.types import Rollout, TokenInputs
 
@@ -35,13 +35,12 @@ class Samples(NamedTuple):
     inputs: TokenInputs  # [N, P + R], the trunk below the student's first trained layer
     response_mask: Any  # [N, R]
     teacher_hidden: Any  # [N, R, D] final hidden states that predict the response
-    prefix_state: np.ndarray  # [N, D] trunk activations at the end of the prefix, the critic's view of it
-    scores: np.ndarray  # [N] of the reward model
+    prefix_scores: np.ndarray  # [N, R + 1] the reward model's, of the prefix and of what it became with each token
 
     @property
-    def standard_scores(self) -> np.ndarray:
-        """[N] scores in standard deviations from their mean, the unit of human reward in what follows."""
-        return (self.scores - self.scores.mean()) / self.scores.std()
+    def scores(self) -> np.ndarray:
+        """[N] scores of the whole texts; their spread is the unit of human reward in what follows."""
+        return self.prefix_scores[:, -1]
 
 
 def base_model(run: Run) -> Policy:
@@ -81,25 +80,21 @@ def teacher_samples(run: Run, base: Policy, models: RewardModels) -> Samples:
     batches = continuations(run, base, beginnings, run.key(4), tap=first or None, keep_hidden=True)
 
     @jax.jit
-    def look(trunk: dict, reward: dict, rollout: Rollout) -> tuple[Array, Array]:
+    def look(trunk: dict, reward: dict, rollout: Rollout) -> Array:
         start = rollout.trunk if first else rollout.tokens
         states = base.model.apply({"params": trunk}, start, rollout.mask, first=first, last=settings.trunk).hidden
-        return states[:, settings.prompt_length - 1], score(reward, states, rollout.mask)
+        return prefix_scores(reward, states, rollout.mask)[:, settings.prompt_length - 1 :]
 
     looked = jax.device_get([(rollout, look(base.frozen, models.reward, rollout)) for rollout in batches])
-    rollouts, views = zip(*looked, strict=True)
-    everything = jax.tree.map(lambda *parts: np.concatenate(parts)[: settings.teacher_samples], *rollouts)
-    prefix_state, scores = (np.concatenate(parts)[: settings.teacher_samples] for parts in zip(*views, strict=True))
-    return Samples(everything.inputs, everything.response_mask, everything.hidden, prefix_state, scores)
+    rollout, scores = jax.tree.map(lambda *parts: np.concatenate(parts)[: settings.teacher_samples], *looked)
+    return Samples(rollout.inputs, rollout.response_mask, rollout.hidden, scores)
 
 
-def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tuple[Policy, dict]:
+def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Policy:
     """Actor-critic with human feedback: the actor continues prefixes, the human reward model scores, both learn.
 
     A turn is one program: generate, score, evaluate reference and critic, advantages, all gradient steps. Trunk
     activations are computed once, by generation. Scores are in standard deviations of the base model's own scores.
-
-    Returns the actor and the critic's parameters.
     """
     settings = run.settings
     pool = prompts(run.material, run.material.train, settings.prompt_length)
@@ -150,15 +145,15 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> tup
         return program(state, base.trained, base.frozen, models.reward, *data, run.key(3, index, 1))
 
     state = run.loop("AC-HF", step, run.copy_everywhere(state), settings.turns)
-    return base._replace(trained=state.train.params["actor"]), state.train.params["critic"]
+    return base._replace(trained=state.train.params["actor"])
 
 
-def policy_distillation_students(run: Run, base: Policy, critic: dict, samples: Samples) -> tuple[Policy, Policy]:
+def policy_distillation_students(run: Run, base: Policy, samples: Samples) -> tuple[Policy, Policy]:
     """Two students of the base model, without and with human feedback, from one start and for the same steps.
 
-    Both learn from the same samples of the base model; they differ in `human_weights` alone, which is 1 for the first.
-    The reward is taken relative to the critic's value of the prefix: a shift that depends on the prefix alone leaves
-    the optimum π_T exp(r / β) / Z(prefix) where it is, and takes the luck of the prefix out of the weights.
+    Both learn from the same samples of the base model; they differ in the human weights alone, which are 1 for the
+    first. A text's value while it is being written is the reward model's score of what is there: a token's weight is
+    exp of what it added to that score.
     """
     settings = run.settings
     model = Transformer(dataclasses.replace(run.model.config, num_layers=len(settings.student_layers)))
@@ -171,28 +166,27 @@ def policy_distillation_students(run: Run, base: Policy, critic: dict, samples: 
     update = jax.jit(
         functools.partial(policy_distillation.update, config=policy_distillation.Config()), donate_argnums=0
     )
-    everyone = jnp.ones(settings.teacher_samples)
-    expected = CRITIC.apply({"params": jax.device_get(critic)}, samples.prefix_state)
-    liked = human_weights(samples.standard_scores - expected, everyone > 0, beta=settings.human_beta)
+    worth = samples.prefix_scores / samples.scores.std()
+    liked = human_step_weights(worth[:, :-1], worth[:, -1], samples.response_mask, beta=settings.human_beta)
+    alike = jnp.ones_like(liked)
 
     def learn(stage: str, number: int, start: dict, weights: Array, steps: int) -> dict:
         state = policy_distillation.init(
             {"student": jax.tree.map(jnp.copy, start)}, apply_fn, adam(settings.student_rate, steps)
         )
-        probabilities, importance = policy_distillation.proposal(weights)
-        drawn = policy_distillation.draw_rows(run.key(5, number), probabilities, steps * settings.student_batch)
-        order = np.asarray(drawn).reshape(steps, -1)
+        rows = run.rng(5, number).permutation(settings.teacher_samples)
+        order = np.resize(rows, (steps, settings.student_batch))
 
         def step(state, index):
             taught = policies.TeacherInputs(samples.inputs, samples.teacher_hidden)
-            everything = policy_distillation.Batch(taught, samples.response_mask, weights, importance)
+            everything = policy_distillation.Batch(taught, samples.response_mask, weights)
             batch = jax.tree.map(lambda x: np.asarray(x)[order[index]], everything)
             fixed = {"student": frozen, "teacher_table": teacher_table}
             return update(state, run.split_rows(batch), frozen=fixed)
 
         return run.loop(stage, step, run.copy_everywhere(state), steps).params["student"]
 
-    start = learn("PD: common start", 0, trained, everyone, settings.start_steps)
-    plain = learn("PD without human reward", 1, start, everyone, settings.student_steps)
+    start = learn("PD: common start", 0, trained, alike, settings.start_steps)
+    plain = learn("PD without human reward", 1, start, alike, settings.student_steps)
     human = learn("PD with human reward", 1, start, liked, settings.student_steps)
     return Policy(model, plain, frozen), Policy(model, human, frozen)

@@ -300,18 +300,3 @@ def test_a_proposal_keeps_expectations_and_bounds_coefficients():
 def test_a_label_smoothing_out_of_range_is_refused(smoothing):
     with pytest.raises(ValueError, match=rf"label_smoothing must lie in .* got {smoothing}"):
         reward_model.Config(label_smoothing=smoothing)
-
-
-@pytest.mark.parametrize("seed", range(3))
-def test_drawn_rows_come_as_often_as_their_probability_says(seed):
-    rng = np.random.default_rng(seed)
-    probabilities = rng.dirichlet(np.full(50, 0.3)).astype(np.float32)
-    draw = jax.jit(jax.vmap(lambda key: policy_distillation.draw_rows(key, jnp.asarray(probabilities), 64)))
-    rows = np.asarray(draw(jax.random.split(jax.random.key(seed), 400)))
-    counts = np.stack([np.bincount(r, minlength=50) for r in rows])
-    assert (counts.sum(axis=1) == 64).all()
-    assert (np.abs(counts - 64 * probabilities) <= 1.001).all()  # floor or ceiling of what is expected
-    np.testing.assert_allclose(counts.mean(axis=0), 64 * probabilities, atol=0.13)  # 5 deviations of at most 1/2 each
-    first = rows[:, :32]  # in random order: the first half is a fair half
-    halves = np.stack([np.bincount(r, minlength=50) for r in first]).mean(axis=0)
-    np.testing.assert_allclose(halves, 32 * probabilities, atol=0.6)

@@ -16,7 +16,7 @@ import pytest
 
 from rlhf_jax.algorithms import actor_critic, policy_distillation, reward_model
 from rlhf_jax.losses.distillation import soft_cross_entropy
-from rlhf_jax.losses.human_distillation import human_weights
+from rlhf_jax.losses.human_distillation import human_step_weights, human_weights
 from rlhf_jax.testing import enumerable
 from rlhf_jax.types import ActorCritic, Distilled, PreferenceBatch
 
@@ -211,6 +211,14 @@ def likings(given, drawn):
     return human_weights(given.rewards[drawn], jnp.ones(drawn.shape, bool), beta=BETA)
 
 
+def soft_values(given):
+    """[N, R] V(s) = β log E_{y ~ π_T}[exp(r / β) | s] before each word."""
+    rows, log_teacher = prefix_rows(TOKENS), whole(given.reference)
+    after = MASK.T[:, None] & (rows.T[:, :, None] == rows.T[:, None])  # [R, N, N] sentences that begin like this one
+    total = lambda log_p: jax.nn.logsumexp(jnp.where(after, log_p, -jnp.inf), axis=-1)
+    return BETA * (total(log_teacher + given.rewards / BETA) - total(log_teacher)).T
+
+
 def teacher_samples(given, key):
     return speak(given.reference, key, TEACHER_SAMPLES)
 
@@ -223,6 +231,12 @@ def plain(given, key):
 def human(given, key):
     drawn = teacher_samples(given, key)
     return drawn, likings(given, drawn), None
+
+
+def human_by_step(given, key):
+    """As `human`, with a weight for every word: what it added to the soft value of the sentence."""
+    drawn = teacher_samples(given, key)
+    return drawn, human_step_weights(soft_values(given)[drawn], given.rewards[drawn], MASK[drawn], beta=BETA), None
 
 
 def human_by_proposal(given, key):
@@ -242,7 +256,7 @@ def human_by_enumeration(given, key):
     return jnp.arange(N), exact, N * jnp.exp(log_teacher)
 
 
-@pytest.mark.parametrize("draw", [plain, human, human_by_proposal])
+@pytest.mark.parametrize("draw", [plain, human, human_by_step, human_by_proposal])
 def test_pd_reaches_the_teacher_or_the_teacher_that_people_like(draw):
     tables = for_all_seeds(functools.partial(distil, draw=draw, steps=STEPS))
     reached, other = (TEACHERS, TARGETS) if draw is plain else (TARGETS, TEACHERS)

@@ -1,6 +1,7 @@
 """losses/human_distillation.py: float64 oracles, exact optima on an enumerable vocabulary, and what does not work."""
 
 import functools
+import itertools
 import math
 
 import jax
@@ -103,6 +104,40 @@ def test_human_weights_share_one_mean_across_devices(map_devices):
     np.testing.assert_allclose(sharded(rewards.reshape(4, 3), mask.reshape(4, 3)).reshape(12), whole, rtol=1e-5)
 
 
+@given(
+    values=hnp.arrays(np.float32, (3, 4), elements=FINITE),
+    rewards=hnp.arrays(np.float32, (3,), elements=FINITE),
+    mask=hnp.arrays(np.bool_, (3, 4)),
+)
+def test_step_weights_equal_float64_have_mean_one_and_see_differences_alone(values, rewards, mask):
+    hidden = np.where(mask, values, np.nan).astype(np.float32)
+    weights = np.asarray(human_distillation.human_step_weights(hidden, rewards, mask, beta=0.8), np.float64)
+    assert not weights[~mask].any()
+    raw = np.zeros(mask.shape)
+    for row in range(3):
+        real = [float(v) for v in values[row][mask[row]]] + [float(rewards[row])]
+        raw[row, mask[row]] = [(after - before) / 0.8 for before, after in itertools.pairwise(real)]
+    if mask.any():
+        scaled = np.exp(raw - raw[mask].max())
+        scale = scaled[mask].mean()
+        np.testing.assert_allclose(weights[mask], scaled[mask] / scale, rtol=1e-3, atol=1e-6)
+        np.testing.assert_allclose(weights[mask].mean(), 1.0, rtol=1e-5)
+    shifted = human_distillation.human_step_weights(hidden + 1, rewards + 1, mask, beta=0.8)
+    np.testing.assert_allclose(shifted, weights, rtol=1e-3, atol=1e-6)
+    np.testing.assert_allclose(
+        human_distillation.human_step_weights(hidden, rewards, mask, beta=jnp.inf), np.where(mask, 1.0, 0.0)
+    )
+
+
+def test_a_sequences_step_weights_multiply_to_its_weight():
+    values, rewards = jnp.array([[0.3, -0.5, 2.0]]), jnp.array([1.5])
+    mask = jnp.ones((1, 3), bool)
+    weights = human_distillation.human_step_weights(values, rewards, mask, beta=0.7)
+    gains = jnp.array([-0.8, 2.5, -0.5]) / 0.7
+    scale = jnp.exp(gains).mean()
+    np.testing.assert_allclose(jnp.prod(weights * scale), jnp.exp((1.5 - 0.3) / 0.7), rtol=1e-5)
+
+
 def test_rewards_and_losses_are_their_formulas():
     log_probs, teacher = jnp.array([[-1.0, -2.0]]), jnp.array([[-0.5, -4.0]])
     human, weights = jnp.array([[0.0, 3.0]]), jnp.array([[1.5]])
@@ -170,6 +205,27 @@ def weighted_likelihood(table):
     return under_teacher(human_distillation.reward_weighted_cross_entropy(log_probs, HUMAN))
 
 
+def soft_values():
+    """[9, 2] V(s) = β log E_{y ~ π_T}[exp(r / β) | s] before each token."""
+    tilted = TEACHER_LOG_P + REWARDS / BETA
+    first = SEQUENCES[:, 0]
+    given_first = jnp.stack([jax.nn.logsumexp(jnp.where(first == word, tilted, -jnp.inf)) for word in range(V)])
+    given_first = given_first - jax.nn.log_softmax(TEACHER[0])
+    return BETA * jnp.stack([jnp.full(V**R, jax.nn.logsumexp(tilted)), given_first[first]], -1)
+
+
+def step_weighted_likelihood(table, often=1.0):
+    """The weights per token; `often` is how often a sequence is looked at, for its first token alone 1."""
+    log_probs = enumerable.token_log_probs_of_table(table, SEQUENCES)
+    mask = jnp.ones(log_probs.shape, bool)
+    weights = human_distillation.human_step_weights(soft_values(), REWARDS, mask, beta=BETA)
+    return under_teacher(often * human_distillation.reward_weighted_cross_entropy(log_probs, weights))
+
+
+# Looking at what follows the first word more or less often moves no next-token distribution.
+OFTEN = jnp.stack([jnp.ones(V**R), jnp.array([0.3, 1.0, 3.0])[SEQUENCES[:, 0]]], -1)
+
+
 def soft_targets(table, baseline):
     log_probs = enumerable.token_log_probs_of_table(table, SEQUENCES)
     losses = human_distillation.human_soft_targets(soft_along(table), log_probs, HUMAN, baseline=baseline)
@@ -203,6 +259,8 @@ EXACT = {
     "human-reweighted teacher": reweighted_teacher,
     "on-policy reverse KL": on_policy,
     "reward-weighted likelihood": weighted_likelihood,
+    "likelihood with weights per token": step_weighted_likelihood,
+    "the same, prefixes seen more or less often": functools.partial(step_weighted_likelihood, often=OFTEN),
     "soft targets with a human term": functools.partial(soft_targets, baseline=1.0),
     "soft targets, baseline of the prefix": functools.partial(soft_targets, baseline=PREFIX_BASELINE),
 }
@@ -261,6 +319,7 @@ def test_nothing_flows_to_teacher_rewards_weights_or_baseline():
             (teacher, rewards),
         ),
         (lambda r: human_distillation.human_weights(r, mask, beta=0.5), (rewards,)),
+        (lambda v, r: human_distillation.human_step_weights(v, r, mask, beta=0.5), (teacher, rewards[:, 0])),
         (
             lambda *a: human_distillation.human_reverse_kl_rewards(*a, beta=0.5),
             (student, teacher, rewards),
@@ -302,6 +361,8 @@ def test_extremes_are_finite_and_a_missing_reward_is_loud():
     weights = human_distillation.human_weights(jnp.array([1e4, -1e4, 0.0]), jnp.ones(3, bool), beta=0.1)
     np.testing.assert_allclose(weights, [3.0, 0.0, 0.0])
     np.testing.assert_array_equal(human_distillation.human_weights(rewards, jnp.zeros((2, 3), bool), beta=1.0), 0.0)
+    steps = human_distillation.human_step_weights(rewards, jnp.array([-1e4, 1e4]), rewards == rewards, beta=0.1)
+    assert np.isfinite(steps).all()
     one = human_distillation.human_weights(rewards, jnp.zeros((2, 3), bool).at[0, 0].set(True), beta=1.0)
     assert float(one[0, 0]) == 1.0
     missing = human_distillation.human_teacher_logits(teacher, rewards.at[0, 0].set(jnp.nan), beta=1.0)
@@ -315,6 +376,7 @@ def test_knobs_are_swept_and_narrow_inputs_widened():
     functions = (
         lambda k, s, t, r: human_distillation.human_reweighted_cross_entropy(s, t, r, beta=k),
         lambda k, s, t, r: human_distillation.human_weights(r, mask, beta=k),
+        lambda k, s, t, r: human_distillation.human_step_weights(t, r[:, 0], mask, beta=k),
         lambda k, s, t, r: human_distillation.human_reverse_kl_rewards(s, t, r, beta=k),
         lambda k, s, t, r: human_distillation.human_soft_targets(t, s, r, baseline=k),
     )
@@ -338,6 +400,10 @@ def test_mistakes_are_refused_in_words():
         human_distillation.human_weights(integers, integers > 0, beta=1.0)
     with pytest.raises(TypeError, match="mask must be bool"):
         human_distillation.human_weights(logits, logits, beta=1.0)
+    with pytest.raises(TypeError, match="rewards must be floating"):
+        human_distillation.human_step_weights(logits, integers[:, 0], logits == 0, beta=1.0)
+    with pytest.raises(AssertionError):
+        human_distillation.human_step_weights(logits, logits[:, 0], logits[:, :2] == 0, beta=1.0)
     with pytest.raises(TypeError, match="human_rewards must be floating"):
         human_distillation.human_reverse_kl_rewards(logits, logits, integers, beta=1.0)
     for weights in (jnp.ones(2), jnp.ones((3, 1)), jnp.ones((2, 2))):
