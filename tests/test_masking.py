@@ -7,6 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as hnp
+from jax.test_util import check_grads
 
 from rlhf_jax import masking
 
@@ -105,6 +106,23 @@ def test_garbage_outside_the_mask_changes_no_value_and_no_gradient(case):
             np.testing.assert_array_equal(gradient, expected_gradient)
             assert np.isfinite(gradient).all()
             assert not np.asarray(gradient)[~mask].any()
+
+
+def test_gradients_equal_central_differences():
+    rng = np.random.default_rng(2)
+    x, mask = rng.normal(size=(4, 5)), rng.random((4, 5)) < 0.6
+    mask[1] = False
+
+    def total(x):
+        """Every statistic with a weight of its own."""
+        moments = masking.update_moments(masking.init_moments(), x, mask)
+        parts = [function(x, mask) for function in (*ORACLES, masking.masked_variance)]
+        parts += [moments.mean, moments.squares, *masking.masked_variance(x, mask, axis=-1, ddof=1)]
+        parts += [jnp.sum(jnp.sin(masking.whiten(x, mask, shift_mean=shift))) for shift in (True, False)]
+        return sum((index + 1) * part for index, part in enumerate(parts))
+
+    with jax.enable_x64(True):
+        check_grads(jax.jit(total), (jnp.asarray(x),), order=1, modes=["rev"], rtol=1e-6, atol=1e-6)
 
 
 @pytest.mark.parametrize("map_devices", [jax.vmap, jax.pmap])

@@ -3,6 +3,9 @@
 Prompts are padded on the left and responses on the right, so that every response starts at the same slot. Lengths are
 rounded up to a small set of buckets: each bucket compiles once. An epoch shows every item exactly once. Where items do
 not fill a batch, it is filled up with repeated items whose `valid` is False: shapes stay and nothing is dropped.
+
+Nothing is cut either, and what would go wrong in silence is an error that names the row: padding among its tokens, a
+begin token twice, nothing to learn.
 """
 
 from collections.abc import Iterator, Sequence
@@ -14,6 +17,7 @@ from flax import struct
 from jax import Array
 from jax.typing import ArrayLike
 
+from rlhf_jax.errors import UserError
 from rlhf_jax.types import PreferenceBatch, TokenBatch
 
 __all__ = [
@@ -21,6 +25,7 @@ __all__ = [
     "DataPosition",
     "PlannedBatch",
     "bucket_length",
+    "check_tokens",
     "epoch_plan",
     "pad_left",
     "pad_right",
@@ -60,6 +65,33 @@ def bucket_length(length: int, buckets: Sequence[int]) -> int:
     return min(fitting)
 
 
+def check_tokens(
+    tokens: Sequence[int], targets: Sequence[bool], name: str, *, pad_id: int, bos_id: int | None = None
+) -> None:
+    """Raises a UserError if a row begins twice, holds padding, or has nothing to learn.
+
+    Args:
+      tokens: of the whole row.
+      targets: as long, True for tokens to learn; that of the first token does not count.
+      name: what to call the row.
+      pad_id: what fills other slots. Where it is the end token too, rows that end hold it, and are refused.
+      bos_id: the begin token; None looks for none.
+
+    >>> check_tokens([1, 1, 5], [False, False, True], "chats.jsonl:3", pad_id=0, bos_id=1)
+    Traceback (most recent call last):
+    rlhf_jax.errors.UserError: chats.jsonl:3 begins with the begin token twice; a template and its caller both add it
+    """
+    tokens = list(tokens)
+    if bos_id is not None and tokens[:2] == [bos_id] * 2:
+        raise UserError(f"{name} begins with the begin token twice; a template and its caller both add it")
+    if pad_id in tokens:
+        raise UserError(
+            f"{name} holds the padding token {pad_id} at {tokens.index(pad_id)}; if texts end with it, pad with another"
+        )
+    if not any(targets[1:]):
+        raise UserError(f"{name} has nothing to learn: none of its {len(tokens)} tokens is a target")
+
+
 def pad_left(rows: Sequence[Sequence[int]], *, pad_id: int, length: int) -> tuple[Array, Array]:
     """Rows padded on the left, as prompts are, for the sampler.
 
@@ -94,7 +126,9 @@ def token_batch(
     pad_id: int,
     prompt_length: int,
     response_length: int,
+    bos_id: int | None = None,
     valid: Sequence[bool] | np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> TokenBatch:
     """Prompts and responses side by side; the response tokens are the targets.
 
@@ -107,18 +141,26 @@ def token_batch(
       pad_id: what fills the other slots.
       prompt_length: P, slots for prompts.
       response_length: R, slots for responses.
+      bos_id: the begin token, which no row may have twice at its beginning; None looks for none.
       valid: [B] bool, rows that count (`PlannedBatch.valid`); the others get an empty loss_mask. By default all do.
+      names: what to call the rows in errors, for instance file and line; by default their numbers.
     Returns: a TokenBatch of [B, P + R].
-    Raises: ValueError if the numbers of rows differ or a row does not fit.
+    Raises: ValueError if the numbers of rows differ or a row does not fit; UserError for a row that counts and would go
+      wrong, see `check_tokens`.
     """
     if len(prompts) != len(responses):
         raise ValueError(f"prompts and responses must pair up, got {len(prompts)} and {len(responses)}")
-    prompt_tokens, prompt_mask = _pad(prompts, pad_id, prompt_length, left=True, name="prompts")
-    response_tokens, response_mask = _pad(responses, pad_id, response_length, left=False, name="responses")
+    prompt_tokens, prompt_mask = _pad(prompts, pad_id, prompt_length, left=True, name="prompts", names=names)
+    response_tokens, response_mask = _pad(responses, pad_id, response_length, left=False, name="responses", names=names)
+    counts = _checked_valid(valid, len(prompts))
+    for row in np.flatnonzero(counts).tolist():
+        targets = [False] * len(prompts[row]) + [True] * len(responses[row])
+        name = names[row] if names else f"row {row}"
+        check_tokens([*prompts[row], *responses[row]], targets, name, pad_id=pad_id, bos_id=bos_id)
     mask = np.concatenate([prompt_mask, response_mask], axis=1)
     first = mask & (np.cumsum(mask, axis=1) == 1)
     targets = np.concatenate([np.zeros_like(prompt_mask), response_mask], axis=1) & ~first
-    targets &= _checked_valid(valid, len(prompts))[:, None]
+    targets &= counts[:, None]
     return TokenBatch(
         tokens=jnp.asarray(np.concatenate([prompt_tokens, response_tokens], axis=1)),
         mask=jnp.asarray(mask),
@@ -134,18 +176,16 @@ def preference_batch(
     pad_id: int,
     prompt_length: int,
     response_length: int,
+    bos_id: int | None = None,
     valid: Sequence[bool] | np.ndarray | None = None,
+    names: Sequence[str] = (),
 ) -> PreferenceBatch:
     """Two responses to each prompt, of which people preferred the first; arguments as in `token_batch`.
 
     Returns: a PreferenceBatch of [B, P + R] whose weight is 1 where `valid`, else 0.
     """
-    batches = [
-        token_batch(
-            prompts, responses, pad_id=pad_id, prompt_length=prompt_length, response_length=response_length, valid=valid
-        )
-        for responses in (chosen, rejected)
-    ]
+    options = {"pad_id": pad_id, "prompt_length": prompt_length, "response_length": response_length, "bos_id": bos_id}
+    batches = [token_batch(prompts, responses, **options, valid=valid, names=names) for responses in (chosen, rejected)]
     weight = jnp.asarray(_checked_valid(valid, len(prompts)).astype(np.float32))
     return PreferenceBatch(chosen=batches[0], rejected=batches[1], weight=weight)
 
@@ -239,13 +279,20 @@ class BatchStream:
 
 
 def _pad(
-    rows: Sequence[Sequence[int]], pad_id: int, length: int, *, left: bool, name: str = "rows"
+    rows: Sequence[Sequence[int]],
+    pad_id: int,
+    length: int,
+    *,
+    left: bool,
+    name: str = "rows",
+    names: Sequence[str] = (),
 ) -> tuple[np.ndarray, np.ndarray]:
     tokens = np.full((len(rows), length), pad_id, np.int32)
     mask = np.zeros((len(rows), length), np.bool_)
     for index, row in enumerate(rows):
         if len(row) > length:
-            raise ValueError(f"{name}[{index}] has {len(row)} tokens but only {length} slots; cut it or use more slots")
+            where = f"{names[index]}, in {name}," if names else f"{name}[{index}]"
+            raise ValueError(f"{where} has {len(row)} tokens but only {length} slots; cut it or use more slots")
         own = slice(length - len(row), length) if left else slice(0, len(row))
         tokens[index, own] = row
         mask[index, own] = True

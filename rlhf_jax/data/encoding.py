@@ -11,7 +11,7 @@ from typing import NamedTuple
 import jax.numpy as jnp
 import numpy as np
 
-from rlhf_jax.data.batches import pad_right
+from rlhf_jax.data.batches import check_tokens, pad_right
 from rlhf_jax.data.chat import assistant_spans, render_chat
 from rlhf_jax.data.examples import Conversation, Side, Tools
 from rlhf_jax.data.tokenizer import ChatTokenizer, Tokenizer
@@ -20,6 +20,7 @@ from rlhf_jax.types import TokenBatch
 
 __all__ = [
     "EncodedRow",
+    "begin_token",
     "check_rows",
     "encode_conversation",
     "encode_pair",
@@ -117,6 +118,16 @@ def encode_pair(
     return tokens, [answer[index] for index in own]
 
 
+def begin_token(tokenizer: Tokenizer) -> int | None:
+    """The begin token, None for models that have none of their own (theirs is the end token).
+
+    >>> from rlhf_jax.data.tokenizer import ByteTokenizer
+    >>> begin_token(ByteTokenizer()), begin_token(ByteTokenizer(bos_id=258))
+    (257, None)
+    """
+    return None if tokenizer.bos_id == tokenizer.eos_id else tokenizer.bos_id
+
+
 def check_rows(rows: Sequence[EncodedRow], tokenizer: Tokenizer, *, length: int, names: Sequence[str] = ()) -> None:
     """Raises a UserError that names the first row which is too long, begins twice, holds padding, or teaches nothing.
 
@@ -136,12 +147,7 @@ def check_rows(rows: Sequence[EncodedRow], tokenizer: Tokenizer, *, length: int,
                 f"{name} has {len(tokens)} tokens but only {length} slots; {kept} of {sum(targets)} targets fit; "
                 "shorten it, leave it out or use more slots"
             )
-        if tokenizer.bos_id != tokenizer.eos_id and tokens[:2] == [tokenizer.bos_id] * 2:
-            raise UserError(f"{name} begins with the begin token twice; a template and its caller both add it")
-        if tokenizer.pad_id in tokens:
-            raise UserError(f"{name} holds the padding token {tokenizer.pad_id} at {tokens.index(tokenizer.pad_id)}")
-        if not any(targets[1:]):
-            raise UserError(f"{name} has nothing to learn: none of its {len(tokens)} tokens is a target")
+        check_tokens(tokens, targets, name, pad_id=tokenizer.pad_id, bos_id=begin_token(tokenizer))
 
 
 def row_batch(

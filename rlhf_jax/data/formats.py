@@ -18,6 +18,7 @@ mixed. Columns that no kind knows are ignored; a choice of known columns that fi
 """
 
 import math
+import numbers
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -135,7 +136,7 @@ def _messages(value: Any, column: str, answers: bool = False) -> tuple[Message, 
         raise UserError(f"{column} must be text or a list of messages with role and content, found {_shown(value)}")
     if not value:
         raise UserError(f"{column} has no messages")
-    messages: tuple[Message, ...] = tuple(value)
+    messages: tuple[Message, ...] = tuple(_without_nulls(message) for message in value)
     if answers and messages[0]["role"] != "assistant":
         raise UserError(f"{column} must begin with the assistant's message, found the role {messages[0]['role']!r}")
     return messages
@@ -147,7 +148,14 @@ def _tools(row: Mapping[str, Any]) -> Tools:
         return None
     if not isinstance(tools, Sequence) or not all(isinstance(tool, Mapping) for tool in tools):
         raise UserError(f"tools must be a list of JSON schemas, found {_shown(tools)}")
-    return tuple(tools)
+    return tuple(_without_nulls(tool) for tool in tools)
+
+
+def _without_nulls(value: Any) -> Any:
+    """Without the fields that a table adds to one object because another has them; `content` alone may be null."""
+    if isinstance(value, Mapping):
+        return {k: _without_nulls(v) for k, v in value.items() if v is not None or k == "content"}
+    return [_without_nulls(each) for each in value] if isinstance(value, list) else value
 
 
 def _get(row: Mapping[str, Any], column: str) -> Any:
@@ -172,7 +180,7 @@ def _label(value: Any, column: str) -> bool:
 
 
 def _rating(value: Any, column: str) -> float:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value):
+    if isinstance(value, bool) or not isinstance(value, numbers.Real) or not math.isfinite(value):
         raise UserError(f"{column} must be a finite number, found {_shown(value)}; leave out what was not rated")
     return float(value)
 

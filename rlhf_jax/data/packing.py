@@ -12,6 +12,8 @@ import numpy as np
 from flax import struct
 from jax import Array
 
+from rlhf_jax.data.batches import check_tokens
+
 __all__ = ["PackedBatch", "choose_buckets", "pack", "packed_batch", "unpack"]
 
 
@@ -66,6 +68,8 @@ def packed_batch(
     *,
     pad_id: int,
     length: int,
+    bos_id: int | None = None,
+    names: Sequence[str] = (),
 ) -> PackedBatch:
     """Texts side by side in the rows that `pack` chose.
 
@@ -76,7 +80,10 @@ def packed_batch(
       rows: B lists of indices into `texts`; an empty one gives a row of padding.
       pad_id: what fills the other slots.
       length: T, slots of a row.
-    Raises: ValueError if a row's texts do not fit, or targets and texts do not pair up.
+      bos_id: the begin token, which no text may have twice at its beginning; None looks for none.
+      names: what to call the texts in errors, for instance file and line; by default their numbers.
+    Raises: ValueError if a row's texts do not fit, or targets and texts do not pair up; UserError for a text that would
+      go wrong, see `check_tokens`. Without `targets` one of a single token is allowed.
     """
     shape = (len(rows), length)
     tokens = np.full(shape, pad_id, np.int32)
@@ -89,6 +96,9 @@ def packed_batch(
             wanted = [True] * size if targets is None else targets[item]
             if len(wanted) != size:
                 raise ValueError(f"text {item} has {size} tokens and {len(wanted)} targets")
+            name = names[item] if names else f"text {item}"
+            counted = [True, True] if targets is None else wanted
+            check_tokens(texts[item], counted, name, pad_id=pad_id, bos_id=bos_id)
             if start + size > length:
                 raise ValueError(f"the texts of row {row} have more than {length} tokens")
             own = slice(start, start + size)

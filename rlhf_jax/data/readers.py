@@ -39,6 +39,8 @@ class Rows(Sequence[Mapping[str, Any]]):
         names = getattr(rows, "column_names", None)
         if isinstance(names, Mapping):
             raise UserError(f"{name} has the splits {', '.join(names)}; choose one of them")
+        if not hasattr(rows, "__len__"):
+            raise UserError(f"{name} is a stream without an end that is known; give a list of the rows you want of it")
         self.column_names = tuple(dict.fromkeys(key for row in rows for key in row)) if names is None else tuple(names)
 
     def __len__(self) -> int:
@@ -49,6 +51,11 @@ class Rows(Sequence[Mapping[str, Any]]):
 
     def __iter__(self) -> Iterator[Mapping[str, Any]]:
         return (self.rows[index] for index in range(len(self)))
+
+    @property
+    def places(self) -> list[str]:
+        """Where each row stands, as `names` for the functions that make batches."""
+        return [self.place(index) for index in range(len(self))]
 
     def place(self, index: int) -> str:
         """Where a row stands: file and line, or the number of the row from 0."""

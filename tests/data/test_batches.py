@@ -18,10 +18,12 @@ from rlhf_jax.data.batches import (
     preference_batch,
     token_batch,
 )
+from rlhf_jax.errors import UserError
 
 PAD = 99
 ROW = st.lists(st.integers(0, 50), max_size=6)
-ROWS = st.lists(st.tuples(ROW, ROW), min_size=1, max_size=5)
+TEACHES = st.tuples(ROW, ROW.filter(len)).filter(lambda row: len(row[0]) + len(row[1]) > 1)
+ROWS = st.lists(TEACHES, min_size=1, max_size=5)
 LENGTHS = st.lists(st.integers(0, 16), min_size=1, max_size=60)
 BUCKETS = (4, 8, 16)
 
@@ -79,6 +81,8 @@ def test_mistakes_are_named():
         token_batch([[1], [1]], [[1], [1, 2, 3]], **options)
     with pytest.raises(ValueError, match=r"prompts\[0\] has 3 tokens"):
         token_batch([[1, 2, 3]], [[1]], **options)
+    with pytest.raises(ValueError, match=r"a:2, in responses, has 3 tokens but only 2 slots"):
+        token_batch([[1], [1]], [[1], [1, 2, 3]], **options, names=["a:1", "a:2"])
     with pytest.raises(ValueError, match="must pair up, got 1 and 2"):
         token_batch([[1]], [[1], [2]], **options)
     with pytest.raises(ValueError, match="valid must be 1 bools"):
@@ -91,6 +95,27 @@ def test_mistakes_are_named():
     stream = BatchStream([1, 2], buckets=BUCKETS, batch_size=2, position=DataPosition(seed=0, epoch=0, step=1))
     with pytest.raises(ValueError, match=r"position\.step is 1 but an epoch has 1 batches"):
         next(stream)
+
+
+@pytest.mark.parametrize(
+    ("prompt", "response", "message"),
+    [
+        ([1], [], "a:2 has nothing to learn: none of its 1 tokens"),
+        ([], [1], "a:2 has nothing to learn"),
+        ([1], [2, PAD], f"a:2 holds the padding token {PAD} at 2; if texts end with it"),
+        ([7, 7], [1], "a:2 begins with the begin token twice"),
+        ([7], [7], "a:2 begins with the begin token twice"),
+    ],
+)
+def test_rows_that_would_go_wrong_in_silence_are_named(prompt, response, message):
+    prompts, responses, sound = [[1], prompt], [[3], response], [[3], [4]]
+    options = {"pad_id": PAD, "prompt_length": 2, "response_length": 2, "bos_id": 7}
+    with pytest.raises(UserError, match=message):
+        token_batch(prompts, responses, **options, names=["a:1", "a:2"])
+    with pytest.raises(UserError, match=message.replace("a:2", "row 1")):
+        preference_batch(prompts, sound if prompt in ([1], [7]) else responses, responses, **options)
+    filled = token_batch(prompts, responses, **options, valid=[True, False])
+    assert filled.loss_mask.any(-1).tolist() == [True, False]
 
 
 @given(length=st.integers(0, 16))

@@ -15,7 +15,8 @@ def test_the_examples_run():
         exec(block, scope)
     assert scope["batch"].chosen.tokens.shape == (1, 32)
     assert scope["pair"].prompt == "Q: Why? A:"
-    assert len(blocks) == 3
+    assert scope["kto_batch"].mismatched.mask.shape == (2, 6)
+    assert len(blocks) == 4
 
 
 def test_the_table_has_every_format():

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from rlhf_jax.data.batches import bucket_length, pad_right
 from rlhf_jax.data.packing import choose_buckets, pack, packed_batch, unpack
+from rlhf_jax.errors import UserError
 from rlhf_jax.models.transformer import Transformer, TransformerConfig
 
 CAPACITY = 12
@@ -52,11 +53,11 @@ def test_rows_are_few(lengths):
     assert 9 * len(pack(lengths, CAPACITY)) <= 11 * fewest_rows(lengths, CAPACITY) + 6
 
 
-@given(lengths=LENGTHS, seed=st.integers(0, 99))
+@given(lengths=st.lists(st.integers(2, CAPACITY), max_size=40), seed=st.integers(0, 99))
 def test_unpacking_gives_the_texts_back(lengths, seed):
     rng = np.random.default_rng(seed)
     texts = [rng.integers(0, 50, size).tolist() for size in lengths]
-    targets = [rng.integers(0, 2, size).astype(bool).tolist() for size in lengths]
+    targets = [[*(rng.integers(0, 2, size - 1) > 0).tolist(), True] for size in lengths]
     rows = pack(lengths, CAPACITY)
     batch = packed_batch(texts, targets, rows, pad_id=99, length=CAPACITY + 1)
     assert [part.tolist() for part in unpack(batch.tokens, batch.segments, rows)] == texts
@@ -95,6 +96,14 @@ def test_mistakes_are_named():
         packed_batch([[1, 2], [3, 4]], None, [[0, 1]], pad_id=0, length=3)
     with pytest.raises(ValueError, match="text 0 has 2 tokens and 1 targets"):
         packed_batch([[1, 2]], [[True]], [[0]], pad_id=0, length=3)
+    for text, targets, message in (
+        ([1, 1, 2], [True] * 3, "a:1 begins with the begin token twice"),
+        ([1, 0], [True] * 2, "a:1 holds the padding token 0 at 1"),
+        ([1, 2], [True, False], "a:1 has nothing to learn"),
+    ):
+        with pytest.raises(UserError, match=message):
+            packed_batch([text], [targets], [[0]], pad_id=0, length=3, bos_id=1, names=["a:1"])
+    assert packed_batch([[2]], None, [[0]], pad_id=0, length=1).mask.all()
     with pytest.raises(ValueError, match="at least one token"):
         choose_buckets([], 2)
 
@@ -107,7 +116,7 @@ def test_packed_equals_unpacked(window):
     )  # fmt: skip
     rng = np.random.default_rng(0)
     lengths = [5, 3, 7, 1, 4]
-    texts = [rng.integers(0, 23, size).tolist() for size in lengths]
+    texts = [rng.integers(1, 23, size).tolist() for size in lengths]
     rows = pack(lengths, 10)
     batch = packed_batch(texts, None, rows, pad_id=0, length=10)
     tokens, mask = pad_right(texts, pad_id=0, length=7)

@@ -45,6 +45,7 @@ def test_every_file_gives_the_same_rows(tmp_path, name):
     assert (len(rows), rows[-1], rows[1:]) == (3, ROWS[-1], ROWS[1:])
     assert rows.column_names == ("prompt", "completion", "id")
     assert read_examples(rows) == EXAMPLES
+    assert rows.places == [rows.place(index) for index in range(3)]
     with pytest.raises(IndexError):
         rows[3]
 
