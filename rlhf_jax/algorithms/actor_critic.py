@@ -93,7 +93,7 @@ def experience(
     config: Config,
     axis_name: str | None = None,
 ) -> tuple[Batch, dict[str, Array]]:
-    """Advantages and returns of a batch of behaviour: human score at the last token, KL penalty at every token, GAE.
+    """Advantages and returns of a batch of behaviour: human score where it lands, KL penalty at every token, GAE.
 
     Args:
       inputs: what `apply_fn` takes, leading axis B.
@@ -101,15 +101,19 @@ def experience(
       old_log_probs: [B, T] of the policy that generated them.
       reference_log_probs: [B, T] of the frozen reference.
       old_values: [B, T] of the critic.
-      scores: [B] float32 human reward per sequence.
+      scores: [B] human reward of each sequence, which lands on its last token; or [B, T], of each token.
       kl_coefficient: β; the reward per token is -β (log π - log π_ref).
       config: `discount`, `gae_lambda`.
       axis_name: mapped axis whose devices share the whitening statistics.
     Returns:
       The batch, advantages whitened once over all devices; metrics, KL in nats per sequence.
     """
+    if scores.ndim == mask.ndim:
+        landed, scores = scores, masking.masked_sum(scores, mask, axis=-1)
+    else:
+        landed = rewards.score_at_last_token(scores, mask)
     token_rewards = rewards.kl_shaped_rewards(
-        rewards.score_at_last_token(scores, mask), old_log_probs, reference_log_probs, mask, beta=kl_coefficient
+        landed, old_log_probs, reference_log_probs, mask, beta=kl_coefficient
     )
     advantages, returns = advantage_functions.gae(
         token_rewards, old_values, mask, discount=config.discount, gae_lambda=config.gae_lambda

@@ -314,7 +314,8 @@ def report(folder: Folder, context: Run, judged: dict[str, Judged], results: dic
             x_label="turn",
             y_label="standard deviations",
             series=[renamed(over(turns, "human/score"), "AC-HF")],
-            note="Reward-model score of the actor's continuations; 0 is the base model's mean.",
+            note="What the actor's continuations add to the reward model's score of the prefix. The first turn is the "
+            "base model's.",
         ),
         Plot(
             title="Distance from the base model",

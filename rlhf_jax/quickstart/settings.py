@@ -83,11 +83,11 @@ def full(seed: int = 0, devices: int = 2) -> Settings:
         base_batch=32,
         base_rate=5e-5,
         comparisons=16_384,
-        turns=18,
+        turns=14,
         batch=64,
         minibatches=4,
         actor_rate=3e-4,
-        kl_coefficient=0.12,
+        kl_coefficient=0.16,
         student_layers=(*range(12), *range(22, 30)),  # of all runs of ten layers, these ten are missed least
         student_from=12,
         teacher_samples=768,

@@ -20,7 +20,7 @@ from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.quickstart.context import Policy, Run, adam, continuations, continue_with, layers_from
 from rlhf_jax.quickstart.material import Tokens, pack, prompts
-from rlhf_jax.quickstart.rewards import RewardModels, prefix_scores, score
+from rlhf_jax.quickstart.rewards import RewardModels, prefix_scores
 from rlhf_jax.training.state import merge_params, split_params
 from rlhf_jax.types import Rollout, TokenInputs
 
@@ -94,7 +94,9 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Pol
     """Actor-critic with human feedback: the actor continues prefixes, the human reward model scores, both learn.
 
     A turn is one program: generate, score, evaluate reference and critic, advantages, all gradient steps. Trunk
-    activations are computed once, by generation. Scores are in standard deviations of the base model's own scores.
+    activations are computed once, by generation. The reward of a token is what it added to the reward model's score of
+    the text, in standard deviations of the base model's scores: over a text that is its score less the prefix's, so the
+    best policy is that of one reward at the end (potential-based shaping, Ng et al. 1999), and every token has its own.
     """
     settings = run.settings
     pool = prompts(run.material, run.material.train, settings.prompt_length)
@@ -110,14 +112,14 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Pol
     start = {"actor": jax.tree.map(jnp.copy, base.trained), "critic": run.copy_everywhere(critic)}
     state = actor_critic.init(start, apply_fn, optimizer, kl_coefficient=settings.kl_coefficient)
     act = continue_with(run, base, settings.trunk)
-    centre, spread = float(samples.scores.mean()), float(samples.scores.std())
+    spread = float(samples.scores.std())
 
     def turn(state, reference, trunk, reward, tokens, mask, keys, key):
         actor = state.train.params["actor"]
         rollout = act(actor, trunk, tokens, mask, keys)
         inputs = rollout.inputs
         assert rollout.trunk is not None  # asked for by tap
-        scores = (score(reward, rollout.trunk, rollout.mask) - centre) / spread
+        worth = prefix_scores(reward, rollout.trunk, rollout.mask)[:, settings.prompt_length - 1 :] / spread
         reference_log_probs = reference_fn(merge_params(reference, trunk), inputs)
         values = apply_fn({"actor": merge_params(actor, trunk), "critic": state.train.params["critic"]}, inputs).values
         batch, told = actor_critic.experience(
@@ -126,7 +128,7 @@ def ac_hf(run: Run, base: Policy, models: RewardModels, samples: Samples) -> Pol
             rollout.log_probs,
             reference_log_probs,
             values,
-            scores,
+            jnp.diff(worth, axis=-1),
             kl_coefficient=state.kl.coefficient,
             config=config,
         )

@@ -9,7 +9,9 @@ import numpy as np
 import optax
 import pytest
 
+from rlhf_jax import rewards
 from rlhf_jax.algorithms import actor_critic, policy_distillation, reward_model, sft
+from rlhf_jax.returns import at_next_valid
 from rlhf_jax.training.sharding import split_devices
 from rlhf_jax.types import ActorCritic, Distilled, PreferenceBatch
 
@@ -194,6 +196,26 @@ def test_experience_equals_loops(way):
     assert metrics.keys() == expected.keys()
     for name, value in expected.items():
         close(metrics[name], value, err_msg=name)
+
+
+def test_scores_per_token_land_where_they_are():
+    whole, told = experience(*ARGUMENTS)
+    landed = rewards.score_at_last_token(ARGUMENTS[-1], ARGUMENTS[1])
+    batch, metrics = experience(*ARGUMENTS[:-1], spoil(landed))
+    jax.tree.map(np.testing.assert_array_equal, batch, whole)
+    empty = float(np.mean(np.where(np.asarray(LENGTHS) > 0, 0, SCORES)))  # an empty row has no token to carry a score
+    np.testing.assert_allclose(metrics["human/score"], told["human/score"] - empty, rtol=1e-5)
+
+
+def test_a_potential_moves_the_values_and_no_advantage():
+    """Rewards s_t + γ Φ(s_{t+1}) - Φ(s_t) with values V - Φ give the advantages of s_t with V: Φ is a critic."""
+    inputs, mask, *logs, values, scores = ARGUMENTS
+    potential = jnp.asarray(np.random.default_rng(0).normal(size=(B, T)), jnp.float32)
+    shaped = rewards.score_at_last_token(scores, mask)
+    shaped += DISCOUNT * at_next_valid(potential, mask, jnp.zeros(B)) - potential
+    plain, _ = experience(*ARGUMENTS)
+    moved, _ = experience(inputs, mask, *logs, values - potential, shaped)
+    np.testing.assert_allclose(moved.advantages, plain.advantages, rtol=1e-4, atol=1e-4)
 
 
 def test_integer_scores_are_refused():
