@@ -112,9 +112,7 @@ def experience(
         landed, scores = scores, masking.masked_sum(scores, mask, axis=-1)
     else:
         landed = rewards.score_at_last_token(scores, mask)
-    token_rewards = rewards.kl_shaped_rewards(
-        landed, old_log_probs, reference_log_probs, mask, beta=kl_coefficient
-    )
+    token_rewards = rewards.kl_shaped_rewards(landed, old_log_probs, reference_log_probs, mask, beta=kl_coefficient)
     advantages, returns = advantage_functions.gae(
         token_rewards, old_values, mask, discount=config.discount, gae_lambda=config.gae_lambda
     )
