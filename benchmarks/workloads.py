@@ -22,6 +22,7 @@ from rlhf_jax.masking import sequence_sum_totals
 from rlhf_jax.models.heads import ScalarHead, SequenceScore
 from rlhf_jax.models.policies import TeacherInputs, response_hidden, student, token_policy
 from rlhf_jax.models.transformer import Transformer, TransformerConfig, output_table
+from rlhf_jax.training.gradients import clip_by_global_norm
 from rlhf_jax.types import ActorCritic, PreferenceBatch, Rollout, TokenInputs
 
 MODELS = {
@@ -144,7 +145,7 @@ def scalar_head(head: Any, *inputs: jax.Array) -> Any:
 
 def adamw() -> optax.GradientTransformation:
     """The optimiser of every case."""
-    return optax.chain(optax.clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
+    return optax.chain(clip_by_global_norm(1.0), optax.adamw(1e-6, weight_decay=0.0))
 
 
 def products(config: TransformerConfig, kind: str, rows: int, *, head_rows: int, times: int = 1) -> list:
@@ -162,7 +163,7 @@ class Setup:
 
     def __init__(self, config: TransformerConfig, sizes: Sizes) -> None:
         self.config, self.sizes = config, sizes
-        self.model = Transformer(config)
+        self.writer = self.model = Transformer(config)  # what generates, and what reads
         self.length = sizes.prompt + sizes.response
         self.rows = sizes.rows * sizes.group
         self.log_probs = token_policy(self.model, prompt_length=sizes.prompt)
@@ -201,7 +202,7 @@ class Setup:
         """Answers of full length."""
         given, keys = batch["tokens"], batch["keys"].reshape(-1)
         settings = {"length": self.sizes.response, "end_token": -1, "pad_token": 0, "samples": self.sizes.group}
-        return generate(self.model, params, given, jnp.ones(given.shape, bool), keys, **settings)
+        return generate(self.writer, self.plain(params), given, jnp.ones(given.shape, bool), keys, **settings)
 
     def hidden(self, params: Any, inputs: TokenInputs) -> jax.Array:
         """States of all tokens."""
@@ -215,6 +216,14 @@ class Setup:
         """Response tokens."""
         return inputs.mask[:, self.sizes.prompt :]
 
+    def params(self, seed: int) -> Any:
+        """Random parameters, as `model` takes them."""
+        return decoder(self.writer, seed)
+
+    def plain(self, params: Any) -> Any:
+        """Parameters as `writer` takes them."""
+        return params
+
     def score_head(self) -> Any:
         """Parameters of `scorer`."""
         return scalar_head(self.scorer, jnp.zeros((1, 1, self.config.width)), jnp.ones((1, 1), bool))
@@ -223,7 +232,7 @@ class Setup:
 def gen(s: Setup) -> Case:
     """Generation alone."""
     step = lambda params, fixed, batch, axis_name=None: (params, s.answer(params, batch))
-    return Case(decoder(s.model, 0), None, s.prompts, step, s.rows * s.sizes.response, s.write())
+    return Case(s.params(0), None, s.prompts, step, s.rows * s.sizes.response, s.write())
 
 
 def supervised(s: Setup) -> Case:
@@ -233,7 +242,7 @@ def supervised(s: Setup) -> Case:
         del fixed
         return sft.update(state, sft.Batch(batch, s.mask(batch)), config=sft.Config(), axis_name=axis_name)
 
-    state = sft.init(decoder(s.model, 0), s.log_probs, adamw())
+    state = sft.init(s.params(0), s.log_probs, adamw())
     return Case(state, None, s.text, step, s.rows * s.length, s.read("train"))
 
 
@@ -248,7 +257,7 @@ def reward(s: Setup) -> Case:
         made = PreferenceBatch(*batch, jnp.ones(len(batch[0].tokens)))
         return reward_model.update(state, made, config=reward_model.Config(), axis_name=axis_name)
 
-    params = {"trunk": without_head(decoder(s.model, 0)), "head": s.score_head()}
+    params = {"trunk": without_head(s.params(0)), "head": s.score_head()}
     state = reward_model.init(params, scores, adamw())
     return Case(state, None, s.pair, step, 2 * s.rows * s.length, s.read("train", sides=2, head=False))
 
@@ -261,9 +270,9 @@ def dpo(s: Setup) -> Case:
         made = PreferenceBatch(*sides, jnp.ones(len(batch[0].tokens)))
         return preference.update(state, made, config=preference.Config(), reference=fixed, axis_name=axis_name)
 
-    state = preference.init(decoder(s.model, 0), s.log_probs, adamw())
+    state = preference.init(s.params(0), s.log_probs, adamw())
     work = s.read("forward", sides=2) + s.read("train", sides=2)
-    return Case(state, decoder(s.model, 0), s.pair, step, 2 * s.rows * s.length, work)
+    return Case(state, s.params(0), s.pair, step, 2 * s.rows * s.length, work)
 
 
 def grouped(s: Setup, config: group.Config) -> Case:
@@ -283,9 +292,9 @@ def grouped(s: Setup, config: group.Config) -> Case:
         state, metrics = group.update(state, made, config=config, axis_name=axis_name)
         return state, metrics | told
 
-    state = group.init(decoder(s.model, 0), s.log_probs, adamw())
+    state = group.init(s.params(0), s.log_probs, adamw())
     work = s.write() + s.read("forward") + s.read("train")
-    return Case(state, decoder(s.model, 0), s.prompts, step, s.rows * s.length, work)
+    return Case(state, s.params(0), s.prompts, step, s.rows * s.length, work)
 
 
 def grpo(s: Setup) -> Case:
@@ -328,9 +337,9 @@ def ppo(s: Setup) -> Case:
         return state, metrics | told
 
     critic = scalar_head(s.critic, jnp.zeros((1, s.config.width)))
-    params = {"actor": decoder(s.model, 0), "value": without_head(decoder(s.model, 4)), "critic": critic}
-    judge = without_head(decoder(s.model, 3))
-    fixed = {"reference": decoder(s.model, 0), "judge": judge, "head": s.score_head()}
+    params = {"actor": s.params(0), "value": without_head(s.params(4)), "critic": critic}
+    judge = without_head(s.params(3))
+    fixed = {"reference": s.params(0), "judge": judge, "head": s.score_head()}
     state = actor_critic.init(params, both, adamw(), kl_coefficient=0.05)
     work = s.write() + s.read("forward") + s.read("forward", head=False, times=2)
     work += s.read("train", times=s.sizes.epochs) + s.read("train", head=False, times=s.sizes.epochs)
@@ -348,9 +357,9 @@ def distill(s: Setup) -> Case:
         return policy_distillation.update(state, made, config=config, frozen=table, axis_name=axis_name)
 
     pupil = student(s.model, prompt_length=s.sizes.prompt)
-    state = policy_distillation.init({"student": decoder(s.model, 0)}, pupil, adamw())
+    state = policy_distillation.init({"student": s.params(0)}, pupil, adamw())
     work = s.write() + s.read("forward") + s.read("train")
-    return Case(state, decoder(s.model, 7), s.prompts, step, s.rows * s.length, work)
+    return Case(state, s.params(7), s.prompts, step, s.rows * s.length, work)
 
 
 TASKS: dict[str, Callable[[Setup], Case]] = {
@@ -365,6 +374,6 @@ TASKS: dict[str, Callable[[Setup], Case]] = {
 }
 
 
-def build(task: str, model: str) -> Case:
+def build(task: str, model: str, setup: Callable[[TransformerConfig, Sizes], Setup] = Setup) -> Case:
     """The case of a task and a model."""
-    return TASKS[task](Setup(MODELS[model], sizes_of(task, model)))
+    return TASKS[task](setup(MODELS[model], sizes_of(task, model)))

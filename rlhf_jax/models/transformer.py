@@ -98,7 +98,7 @@ def written(mask: Array, cache: Cache | None, segments: Array | None = None) -> 
     return Span(position, seen, seen_position, (jnp.arange(cache.capacity)[None] <= new[:, None])[None])
 
 
-def _within(mask: Array, segments: Array | None) -> Array:
+def within(mask: Array, segments: Array | None) -> Array:
     """The real tokens of the mask that belong to a segment."""
     if segments is None:
         return mask
@@ -134,6 +134,17 @@ def positions(mask: Array, segments: Array | None = None) -> Array:
         starts = jnp.diff(segments, axis=-1, prepend=segments[:, :1]) != 0
         count = count - jax.lax.cummax(jnp.where(starts, count - real, 0), axis=1)
     return jnp.maximum(count - 1, 0)
+
+
+def rotations(
+    config: TransformerConfig, position: Array, segments: Array | None, window: int | None
+) -> Rotation | None:
+    """How layers of a window turn queries and keys; None for a model of learned positions."""
+    if config.learned_positions:
+        return None
+    if window is not None and config.local_rope_theta is not None:
+        return rotation(position, config.rotary_dim, config.local_rope_theta)
+    return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling, segments)
 
 
 def output_table(params: dict) -> Array:
@@ -225,11 +236,11 @@ class Transformer(nn.Module):
         """
         config = self.config
         stop = config.num_layers if last is None else last
-        mask = _within(mask, segments)
+        mask = within(mask, segments)
         span = written(mask, cache, segments)
         windows = {config.window(index) for index in range(first, stop)}
         allowed = {window: visible(*span, window) for window in windows}
-        turns = {window: self._rotation(span.position, segments, window) for window in windows}
+        turns = {window: rotations(config, span.position, segments, window) for window in windows}
 
         x = inputs if first else self._embed(inputs, mask, span.position)
         tapped, keys, values = None, [], []
@@ -258,14 +269,6 @@ class Transformer(nn.Module):
             _check_length(config, mask.shape[-1])
             x = x + self.position_embed(position)
         return x
-
-    def _rotation(self, position: Array, segments: Array | None, window: int | None) -> Rotation | None:
-        config = self.config
-        if config.learned_positions:
-            return None
-        if window is not None and config.local_rope_theta is not None:
-            return rotation(position, config.rotary_dim, config.local_rope_theta)
-        return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling, segments)
 
     def logits(self, hidden: Array) -> Array:
         """Logits [..., V] in float32 of hidden states [..., D] after the final norm."""

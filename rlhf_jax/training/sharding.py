@@ -10,7 +10,7 @@ products cut up). An axis of size 1 costs nothing, so the same rules serve a lap
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -31,16 +31,30 @@ __all__ = [
     "split_devices",
 ]
 
-Rules = Sequence[tuple[str, P]]
+Rules = Sequence[tuple[str, P | Callable[[int], P]]]
 
-# Kernels are [in, out]. Products alternate: cut by column, then by row, so that one all-reduce closes each pair.
+_KERNEL = r"/kernel(/base)?(/codes|/scales)?$"  # plain, quantised, under an adapter
+
+
+def _last(*axes: str | None) -> Callable[[int], P]:
+    """The spec that cuts a leaf's last dimensions, whatever stands before them: stacked layers, experts."""
+    return lambda dimensions: P(*(None,) * (dimensions - len(axes)), *axes)
+
+
+# Kernels are [..., in, out]. Products alternate: cut by column, then by row, so that one all-reduce closes each pair.
 TRANSFORMER_RULES: Rules = (
-    (r"(embed|head)/embedding$", P("tensor", "fsdp")),  # [V, D]
-    (r"attention/(query|key|value)/kernel$", P("fsdp", "tensor")),  # [D, heads · head_dim]
-    (r"attention/out/kernel$", P("tensor", "fsdp")),  # [heads · head_dim, D]
-    (r"mlp/(gate|up)/kernel$", P("fsdp", "tensor")),  # [D, mlp_width]
-    (r"mlp/down/kernel$", P("tensor", "fsdp")),  # [mlp_width, D]
-    (r"head/kernel$", P("fsdp", "tensor")),  # [D, outputs]
+    (r"(^|/)(embed|head)/embedding$", _last("tensor", "fsdp")),  # [V, D]
+    (r"(^|/)position_embed/embedding$", _last(None, "fsdp")),  # [positions, D]
+    (r"(attention|cross)/(query|key|value)" + _KERNEL, _last("fsdp", "tensor")),  # [D, heads · head_dim]
+    (r"(attention|cross)/out" + _KERNEL, _last("tensor", "fsdp")),  # [heads · head_dim, D]
+    (r"mlp/(gate|up)" + _KERNEL, _last("fsdp", "tensor")),  # [D, mlp_width], of every expert
+    (r"mlp/down" + _KERNEL, _last("tensor", "fsdp")),  # [mlp_width, D], of every expert
+    (r"mlp/router/kernel$", _last("fsdp", None)),  # [D, E]
+    (r"(query|key|value|gate|up)/kernel/down$", _last("fsdp", None)),  # adapters [in, r], [r, out] lie as their kernels
+    (r"(query|key|value|gate|up)/kernel/up$", _last(None, "tensor")),
+    (r"(out|down)/kernel/down$", _last("tensor", None)),
+    (r"(out|down)/kernel/up$", _last(None, "fsdp")),
+    (r"(^|/)(head|hidden|out)/kernel$", _last("fsdp", "tensor")),  # [D, outputs] of scalar heads
     (r"", P()),  # norms, biases, scalars: a copy everywhere
 )
 
@@ -83,7 +97,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Any:
     Args:
       tree: pytree of arrays or `jax.ShapeDtypeStruct`.
       mesh: from `make_mesh`.
-      rules: (regular expression, partition spec) in order; the empty expression matches every path.
+      rules: (regular expression, partition spec) in order, or a function from the number of a leaf's dimensions to the
+        spec; the empty expression matches every path.
     Returns:
       The same pytree of `NamedSharding`, as ``jit``'s in_shardings or for `rlhf_jax.training.checkpoint`.
     Raises:
@@ -98,7 +113,8 @@ def shardings(tree: Any, mesh: Mesh, rules: Rules = TRANSFORMER_RULES) -> Any:
     def place(path: str, leaf: Any) -> NamedSharding:
         for pattern, spec in compiled:
             if pattern.search(path):
-                return NamedSharding(mesh, P(*map(axis_of, np.shape(leaf), tuple(spec))))
+                axes = spec(np.ndim(leaf)) if callable(spec) else spec
+                return NamedSharding(mesh, P(*map(axis_of, np.shape(leaf), tuple(axes))))
         raise ValueError(
             f"no sharding rule matches {path!r}; end the rules with ('', PartitionSpec()) to copy the rest"
         )

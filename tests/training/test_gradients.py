@@ -5,13 +5,14 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from rlhf_jax import masking
 from rlhf_jax.masking import Totals
-from rlhf_jax.training.gradients import loss_and_gradients, split_rows
+from rlhf_jax.training.gradients import clip_by_global_norm, loss_and_gradients, split_rows
 
 B, T, D = 16, 5, 3
 WEIGHTS = {"token": 1.0, "sequence": -0.5, "never": 2.0}
@@ -206,6 +207,37 @@ def test_strided_micro_batches_stay_on_their_devices():
     text = split.lower(x).compile().as_text()
     assert not any(word in text for word in ("all-gather", "all-to-all", "collective-permute", "all-reduce"))
     np.testing.assert_array_equal(split(x)[1], np.arange(B * 2.0).reshape(B, 2)[1::4])
+
+
+@pytest.mark.parametrize(("norm", "limit"), [(5.0, 1.0), (5.0, 5.0), (5.0, 7.0), (0.0, 1.0), (1e30, 1e-3)])
+def test_clipped_gradients_are_those_of_optax(norm, limit):
+    grads = {"a": jnp.array([0.6 * norm, 0.0]), "b": [jnp.array(0.8 * norm), jnp.zeros(2)]}
+    clipped, _ = clip_by_global_norm(limit).update(grads, optax.EmptyState())
+    expected, _ = optax.clip_by_global_norm(limit).update(grads, optax.EmptyState())
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-6), clipped, expected)
+    if norm <= limit:
+        jax.tree.map(np.testing.assert_array_equal, clipped, grads)
+    narrow, _ = clip_by_global_norm(limit).update(jnp.array([0.1, 300.0], jnp.bfloat16), optax.EmptyState())
+    assert narrow.dtype == jnp.bfloat16
+    np.testing.assert_allclose(narrow.astype(jnp.float32), np.array([0.1, 300.0]) * limit / 300.0, rtol=1e-2)
+
+
+def test_clipping_keeps_no_second_copy_of_the_gradients():
+    """An Adam step of many leaves: what optax divides is kept beside the gradients until the last leaf is done."""
+    params = {f"layer_{index}": jnp.ones((64, 64)) for index in range(16)}
+
+    def step(params, moments, x, *, clip):
+        grads = jax.grad(lambda p: sum(jnp.sum(jnp.tanh(x @ w)) for w in p.values()))(params)
+        updates, moments = optax.chain(clip, optax.adam(1e-3)).update(grads, moments, params)
+        return optax.apply_updates(params, updates), moments
+
+    def temporary(clip):
+        moments = optax.chain(clip, optax.adam(1e-3)).init(params)
+        program = jax.jit(functools.partial(step, clip=clip), donate_argnums=(0, 1))
+        return program.lower(params, moments, jnp.ones((2, 64))).compile().memory_analysis().temp_size_in_bytes
+
+    whole = sum(leaf.nbytes for leaf in params.values())
+    assert whole <= temporary(clip_by_global_norm(1.0)) < 1.3 * whole
 
 
 @pytest.mark.parametrize(
