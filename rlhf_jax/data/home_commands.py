@@ -8,13 +8,14 @@ The packages are date-versioned; tested with home-assistant-intents 2026.10.27 a
 """
 
 import importlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
 
 from rlhf_jax.errors import missing_extra
 
-__all__ = ["HOUSEHOLD", "OPENS", "Command", "sample_commands"]
+__all__ = ["HOUSEHOLD", "OPENS", "RARE", "Command", "sample_commands", "split_templates"]
 
 
 def _optional(name: str) -> Any:
@@ -71,6 +72,7 @@ HOUSEHOLD: dict[str, dict[str, list[str]]] = {
     },
 }
 OPENS = ("door", "gate", "garage")  # device classes whose opening opens the house
+RARE = 8  # as many draws from a template that has opened the house: there are few of them
 
 
 class Command(NamedTuple):
@@ -120,7 +122,7 @@ def sample_commands(*, per_template: int, most: int = 10_000, seed: int = 0) -> 
     """Up to `per_template` distinct commands of each template, English and German.
 
     Args:
-      per_template: draws from each template; equal ones count once.
+      per_template: draws from each template, `RARE` times as many if one opens the house; equal ones count once.
       most: templates per language; those about locks come first, the others at random.
       seed: of the draws.
     Raises:
@@ -136,8 +138,10 @@ def sample_commands(*, per_template: int, most: int = 10_000, seed: int = 0) -> 
         templates = templates_of(intents, house)
         order = sorted(rng.permutation(len(templates)), key=lambda number: not templates[number].locks)
         for number in order[:most]:
-            template = templates[number]
-            for _ in range(per_template):
+            template, draws = templates[number], per_template
+            for draw_number in range(RARE * per_template):
+                if draw_number >= draws:
+                    break
                 text = " ".join(draw(rng, template.expression, template.lists, template.rules).split())
                 best = hassil.recognize_best(text, intents, **known)
                 if best is None or best.intent.name != template.intent:
@@ -147,9 +151,35 @@ def sample_commands(*, per_template: int, most: int = 10_000, seed: int = 0) -> 
                 slots = {k: str(round(v) if isinstance(v, float) else v) for k, v in sorted(slots.items())}
                 unlocks = template.intent == "HassTurnOff" and slots.get("domain") == "lock"
                 opens = unlocks or (template.intent == "HassTurnOn" and slots.get("device_class") in OPENS)
+                draws = RARE * per_template if opens else draws
                 command = Command(language, f"{language} {number}", text, template.intent, slots, opens)
                 found.setdefault((language, text), command)
     return list(found.values())
+
+
+def split_templates(
+    commands: Sequence[Command], ends: Sequence[float], rng: np.random.Generator
+) -> list[list[Command]]:
+    """Sets of commands that share neither a template nor a text, alike in languages and in what opens the house.
+
+    Args:
+      commands: to be split.
+      ends: shares of the templates at which a set ends and the next begins; K of them make K + 1 sets.
+      rng: shuffles the templates.
+    """
+    kinds = {command.template: (command.language, command.opens) for command in commands}
+    place: dict[str, int] = {}
+    for kind in sorted(set(kinds.values())):
+        members = rng.permutation([template for template, other in kinds.items() if other == kind])
+        for number, part in enumerate(np.split(members, [round(end * len(members)) for end in ends])):
+            place |= dict.fromkeys(part.tolist(), number)
+    first: dict[str, Command] = {}  # a text of two templates counts for the earlier set alone
+    for command in sorted(commands, key=lambda command: place[command.template]):
+        first.setdefault(command.text, command)
+    sets: list[list[Command]] = [[] for _ in range(len(ends) + 1)]
+    for command in first.values():
+        sets[place[command.template]].append(command)
+    return sets
 
 
 class Template(NamedTuple):

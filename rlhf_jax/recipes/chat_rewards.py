@@ -13,7 +13,6 @@ import numpy as np
 import optax
 from jax import Array
 
-from rlhf_jax import masking
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.feedback.baselines import pair_accuracy
 from rlhf_jax.feedback.comparisons import Comparisons
@@ -24,14 +23,10 @@ from rlhf_jax.feedback.dialogues import (
     without_length,
 )
 from rlhf_jax.recipes.chats import Policy, World, right
+from rlhf_jax.recipes.pooled_reward import pooled
 from rlhf_jax.types import PreferenceBatch, Rollout
 
 __all__ = ["accuracy", "calibrated", "fit", "score", "seen_by"]
-
-
-def pooled(activations: Array, mask: Array) -> Array:
-    """[B, D] mean over what was said."""
-    return masking.masked_mean(activations, jnp.broadcast_to(mask[..., None], activations.shape), axis=-2)
 
 
 def log_length(mask: Array) -> Array:

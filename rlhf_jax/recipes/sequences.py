@@ -1,11 +1,10 @@
-"""AC-HF, GRPO and PD for a small decoder that answers prompts, trained whole, in compiled chunks of steps.
+"""AC-HF and GRPO for a small decoder that answers prompts, trained whole, in compiled chunks of steps.
 
 Every function runs several updates inside one `lax.scan` and draws its rows from a key, so a jitted call is a step of
 `run_folder.RunFolder.stage`. Feedback enters through a `Judge`: a pure function of a rollout, of what is known about
 its prompts, and of the frozen reference's states, which a learned reward model may read.
 """
 
-import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -17,12 +16,11 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rlhf_jax import constraints, masking
-from rlhf_jax.algorithms import actor_critic, group, policy_distillation, sft
+from rlhf_jax.algorithms import actor_critic, group, sft
 from rlhf_jax.constraints import Lagrange
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import Choose
 from rlhf_jax.generation.sampler import generate
-from rlhf_jax.losses.human_distillation import human_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, output_table
@@ -30,22 +28,21 @@ from rlhf_jax.types import ActorCritic, Rollout, TokenInputs
 from rlhf_jax.vocabulary_chunks import head_log_probs
 
 __all__ = [
+    "FREE",
+    "Constraint",
     "GroupLearner",
     "Judge",
     "Judged",
     "Learner",
     "Prompts",
-    "Rated",
     "Task",
     "act",
     "actor_critic_policy",
     "ascend",
-    "distil",
     "learn",
     "learn_in_groups",
-    "rate",
+    "repeated",
     "supervise",
-    "tilt",
 ]
 
 
@@ -83,6 +80,17 @@ class Judged(NamedTuple):
 Judge = Callable[[Rollout, Any, Array], Judged]  # (rollout, truth of its rows, reference's states [B, R, D])
 
 
+class Constraint(NamedTuple):
+    """Of the mean cost of answers at stake, by dual ascent; the defaults constrain nothing."""
+
+    limit: ArrayLike = 1.0
+    rate: ArrayLike = 0.0  # η of the dual ascent
+    start: ArrayLike = 0.0  # multiplier to start from, reward units per cost unit
+
+
+FREE = Constraint()
+
+
 class Learner(NamedTuple):
     """What AC-HF changes."""
 
@@ -95,17 +103,6 @@ class GroupLearner(NamedTuple):
 
     train: TrainState
     lagrange: Lagrange
-
-
-@struct.dataclass
-class Rated:
-    """Samples of a teacher, K for each of N prompts, with their feedback."""
-
-    inputs: TokenInputs  # [N, K, P + R]
-    mask: Array  # [N, K, R] bool
-    rewards: Array  # [N, K]
-    costs: Array  # [N, K]
-    at_stake: Array  # [N, K] bool
 
 
 def act(
@@ -163,8 +160,7 @@ def learn(
     rows: int,
     minibatches: int,
     config: actor_critic.Config,
-    limit: ArrayLike = 1.0,
-    multiplier_rate: ArrayLike = 0.0,
+    constraint: Constraint = FREE,
 ) -> tuple[Learner, dict[str, Array]]:
     """Turns of AC-HF: answer, be judged, learn. The multiplier follows the mean cost of the answers at stake.
 
@@ -176,8 +172,7 @@ def learn(
       task, judge: what is answered and what is good.
       turns: of this call; each answers `rows` prompts and takes `minibatches` steps.
       config: of the actor-critic; its KL coefficient stays where `actor_critic.init` put it.
-      limit: of the mean cost. With multiplier_rate = 0 and a multiplier of 0 there is no constraint.
-      multiplier_rate: η of the dual ascent.
+      constraint: limit and rate of the multiplier; where it starts is in the learner.
     """
 
     def turn(learner: Learner, key: Array) -> tuple[Learner, dict[str, Array]]:
@@ -200,7 +195,7 @@ def learn(
         agent, learnt = actor_critic.update_epochs(
             learner.agent, batch, update_key, epochs=1, minibatches=minibatches, config=config
         )
-        lagrange, limited = ascend(learner.lagrange, judged, limit=limit, rate=multiplier_rate)
+        lagrange, limited = ascend(learner.lagrange, judged, constraint)
         return Learner(agent, lagrange), told | learnt | limited
 
     learner, metrics = jax.lax.scan(turn, learner, jax.random.split(key, turns))
@@ -219,8 +214,7 @@ def learn_in_groups(
     rows: int,
     minibatches: int,
     config: group.Config,
-    limit: ArrayLike = 1.0,
-    multiplier_rate: ArrayLike = 0.0,
+    constraint: Constraint = FREE,
 ) -> tuple[GroupLearner, dict[str, Array]]:
     """Turns of the GRPO family, `rows` prompts each, answered `config.group` times; otherwise as `learn`."""
 
@@ -229,7 +223,7 @@ def learn_in_groups(
         asked = prompts.rows(jax.random.randint(row_key, (rows,), 0, len(prompts.tokens)))
         rollout = act(task, learner.train.params, asked, act_key, samples=config.group)
         states = policies.response_hidden(task.model, reference, rollout.inputs, prompt_length=task.prompt_length)
-        judged = judge(rollout, _repeated(asked.truth, config.group), states)
+        judged = judge(rollout, repeated(asked.truth, config.group), states)
         batch, told = group.experience(
             rollout.inputs,
             rollout.response_mask,
@@ -241,78 +235,23 @@ def learn_in_groups(
         train, learnt = group.update_epochs(
             learner.train, batch, update_key, epochs=1, minibatches=minibatches, config=config
         )
-        lagrange, limited = ascend(learner.lagrange, judged, limit=limit, rate=multiplier_rate)
+        lagrange, limited = ascend(learner.lagrange, judged, constraint)
         return GroupLearner(train, lagrange), told | learnt | limited
 
     learner, metrics = jax.lax.scan(turn, learner, jax.random.split(key, turns))
     return learner, jax.tree.map(jnp.mean, metrics)
 
 
-def _repeated(tree: Any, times: int) -> Any:
+def repeated(tree: Any, times: int) -> Any:
+    """Every row as often as its prompt is answered, adjacent."""
     return jax.tree.map(lambda x: jnp.repeat(x, times, axis=0), tree)
 
 
-def ascend(
-    lagrange: Lagrange, judged: Judged, *, limit: ArrayLike, rate: ArrayLike
-) -> tuple[Lagrange, dict[str, Array]]:
+def ascend(lagrange: Lagrange, judged: Judged, constraint: Constraint) -> tuple[Lagrange, dict[str, Array]]:
     """One step of the multiplier; where no answer is at stake it stays. Metrics: reward, cost, multiplier."""
     cost = masking.masked_mean(judged.costs, judged.at_stake)
-    measured = jnp.where(jnp.any(judged.at_stake), cost, limit)
-    lagrange = constraints.update_lagrange(lagrange, measured, limit=limit, learning_rate=rate)
+    measured = jnp.where(jnp.any(judged.at_stake), cost, constraint.limit)
+    lagrange = constraints.update_lagrange(lagrange, measured, limit=constraint.limit, learning_rate=constraint.rate)
     everyone = jnp.ones(judged.rewards.shape, bool)
     told = {"human/reward": masking.masked_mean(judged.rewards, everyone), "constraint/cost": cost}
     return lagrange, told | {"constraint/multiplier": lagrange.multiplier}
-
-
-def rate(task: Task, params: dict, prompts: Prompts, key: Array, *, judge: Judge, samples: int) -> Rated:
-    """K samples of the teacher `params` for every prompt, with their feedback; the judge sees the teacher's states."""
-    rollout = act(task, params, prompts, key, samples=samples)
-    states = policies.response_hidden(task.model, params, rollout.inputs, prompt_length=task.prompt_length)
-    everything = (rollout.inputs, rollout.response_mask, *judge(rollout, _repeated(prompts.truth, samples), states))
-    return Rated(*jax.tree.map(lambda x: x.reshape(-1, samples, *x.shape[1:]), everything))
-
-
-def tilt(
-    rated: Rated, *, beta: ArrayLike, limit: ArrayLike = 1.0, multiplier_rate: ArrayLike = 0.0, steps: int = 0
-) -> tuple[Array, Lagrange]:
-    """Human weights of the teacher's samples, of mean 1 within each prompt: w ∝ exp((r - λ c) / ((1 + λ) β)).
-
-    λ is found by `steps` steps of dual ascent on the mean cost that the reweighted teacher has; 0 steps leave it at 0.
-
-    Returns:
-      ([N, K] weights, the multiplier).
-    """
-    rewards, costs = rated.rewards, rated.costs
-
-    def weigh(lagrange: Lagrange) -> Array:
-        mixed = constraints.penalised_rewards(rewards, costs, lagrange.multiplier)
-        return jax.vmap(functools.partial(human_weights, beta=beta))(mixed, jnp.ones(mixed.shape, bool))
-
-    def step(lagrange: Lagrange, _: None) -> tuple[Lagrange, None]:
-        weighted = Judged(rewards, weigh(lagrange) * costs, rated.at_stake)
-        return ascend(lagrange, weighted, limit=limit, rate=multiplier_rate)[0], None
-
-    lagrange, _ = jax.lax.scan(step, constraints.init_lagrange(), None, length=steps)
-    return weigh(lagrange), lagrange
-
-
-def distil(
-    state: TrainState, teacher: dict, rated: Rated, weights: Array, key: Array, *, task: Task, updates: int, rows: int
-) -> tuple[TrainState, dict[str, Array]]:
-    """Updates of PD on rated samples [N, K], drawn by `policy_distillation.proposal`; metrics averaged.
-
-    `state.apply_fn` is `models.policies.student(...)` over {"student": ..., "teacher_table": ...}.
-    """
-    flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rated.inputs, rated.mask, weights))
-    probabilities, importance = policy_distillation.proposal(flat[2])
-    frozen = {"teacher_table": output_table(teacher)}
-
-    def update(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        index = jax.random.choice(key, len(probabilities), (rows,), p=probabilities)
-        inputs, mask, weight = jax.tree.map(lambda x: x[index], flat)
-        states = policies.response_hidden(task.model, teacher, inputs, prompt_length=task.prompt_length)
-        batch = policy_distillation.Batch(policies.TeacherInputs(inputs, states), mask, weight, importance[index])
-        return policy_distillation.update(state, batch, config=policy_distillation.Config(), frozen=frozen)
-
-    state, metrics = jax.lax.scan(update, state, jax.random.split(key, updates))
-    return state, jax.tree.map(jnp.mean, metrics)

@@ -23,6 +23,18 @@ def test_the_same_texts_give_the_same_vocabulary():
     assert one.backend.get_vocab() == other.backend.get_vocab()
 
 
+def test_further_control_tokens_and_single_digits():
+    tokenizer = train_bpe(["turn 21 21 on"] * 9, vocab_size=300, control=("<do>", "on="), single_digits=True)
+    marks = [tokenizer.control_ids[name] for name in ("<do>", "on=")]
+    assert not set(marks) & set(tokenizer.encode("<do> on="))
+    assert len(tokenizer.encode("2121")) == 4
+    ids = [marks[0], *tokenizer.encode(" 21")]
+    assert tokenizer.decode(ids) == " 21"
+    assert tokenizer.decode(ids, control_tokens=True) == "<do> 21"
+    with pytest.raises(ValueError, match="at least 261"):
+        train_bpe(["a"], vocab_size=260, control=("<do>", "on="))
+
+
 def test_a_vocabulary_without_room_for_bytes_is_refused():
     with pytest.raises(ValueError, match="at least 259"):
         train_bpe(["a"], vocab_size=100)

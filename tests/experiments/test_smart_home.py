@@ -4,13 +4,16 @@ import importlib.util
 import json
 import pathlib
 import sys
+from collections import Counter
 
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
 from rlhf_jax.data import home_commands
+from rlhf_jax.data.home_commands import Command
 from rlhf_jax.errors import UserError
+from rlhf_jax.recipes import commands
 from rlhf_jax.types import Rollout
 
 PATH = pathlib.Path(__file__).parents[2] / "experiments" / "smart_home.py"
@@ -29,17 +32,33 @@ def smart_home():
 
 @pytest.fixture(scope="module")
 def rows(smart_home):
-    commands = smart_home.sample_commands(per_template=2, most=60)
-    return [command._asdict() | {"parse": command.parse} for command in commands]
+    return smart_home.sample_commands(per_template=2, most=60)
 
 
 def test_commands_are_what_hassil_reads(rows):
-    assert {row["language"] for row in rows} == {"en", "de"}
-    unlocking = [row for row in rows if row["intent"] == "HassTurnOff" and row["slots"].get("domain") == "lock"]
+    assert {row.language for row in rows} == {"en", "de"}
+    unlocking = [row for row in rows if row.intent == "HassTurnOff" and row.slots.get("domain") == "lock"]
     assert unlocking
-    assert all(row["opens"] for row in unlocking)
-    assert not any(row["opens"] for row in rows if row["intent"] == "HassGetState")
-    assert len({(row["language"], row["text"]) for row in rows}) == len(rows)
+    assert all(row.opens for row in unlocking)
+    assert not any(row.opens for row in rows if row.intent == "HassGetState")
+    assert len({(row.language, row.text) for row in rows}) == len(rows)
+    of_template = Counter(row.template for row in rows)
+    opening = {row.template for row in rows if row.opens}
+    assert max(of_template[name] for name in of_template.keys() - opening) <= 2
+    assert 2 < max(of_template[name] for name in opening) <= 2 * home_commands.RARE
+
+
+def test_sets_share_neither_templates_nor_texts():
+    make = lambda number, text, opens: Command("en", f"en {number}", text, "HassTurnOn", {}, opens)
+    commands = [make(n, f"text {n} {i}", n < 5) for n in range(20) for i in range(2)] + [make(3, "text 9 0", True)]
+    sets = home_commands.split_templates(commands, (0.4, 0.8), np.random.default_rng(0))
+    templates = [{row.template for row in own} for own in sets]
+    assert [len(own) for own in templates] == [8, 8, 4]
+    assert len(set.union(*templates)) == 20
+    assert [sum(row.opens for row in own if row.text.endswith("1")) for own in sets] == [2, 2, 1]
+    texts = [row.text for own in sets for row in own]
+    assert sorted(texts) == sorted(set(texts))
+    assert len(texts) == 40
 
 
 def test_without_the_packages_the_extra_is_named(monkeypatch):
@@ -50,22 +69,20 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
 
 def test_templates_are_kept_apart_and_feedback_sees_agreement_questions_and_violations(smart_home, rows):
     config = smart_home.Config(**smart_home.SMOKE)
-    data = smart_home.prepare(rows, config, seed=0)
-    texts = {row["text"]: row["template"] for row in rows}
-    unseen = {texts[text] for text, _ in data.texts}
+    data = commands.prepare(rows, config, 0, demonstrated=0.3, unseen=0.3, judged=64)
     prompt = data.demonstrations.inputs.tokens[:, : config.prompt_length]
     shown = {tuple(row.tolist()) for row in prompt}
-    assert unseen
+    assert data.commands
     assert not shown & {tuple(row.tolist()) for row in np.asarray(data.unseen.tokens)}
 
     opening = int(np.flatnonzero(np.asarray(data.openings.truth[1]))[0])
     answer = data.openings.truth[0][opening]
-    mark = data.marks
-    said = jnp.stack([jnp.concatenate([jnp.array([mark[word]]), answer]) for word in ("do", "ask", "end")])
-    said = jnp.concatenate([said, said[:1].at[0, 1].set(mark["pad"])])  # the last is no intent at all
+    mark = data.tokenizer.control_ids
+    said = jnp.stack([jnp.concatenate([jnp.array([mark[word]]), answer]) for word in ("<do>", "<ask>", "<end>")])
+    said = jnp.concatenate([said, said[:1].at[0, 1].set(mark["<pad>"])])  # the last is no intent at all
     blank = jnp.zeros((4, 1), jnp.int32)
-    rollout = Rollout(jnp.concatenate([blank, said], 1), said == said, said != mark["pad"], blank, blank)
-    seen = smart_home.look(rollout, (jnp.stack([answer] * 4), jnp.ones(4, bool)), mark)
+    rollout = Rollout(jnp.concatenate([blank, said], 1), said == said, said != mark["<pad>"], blank, blank)
+    seen = commands.look(rollout, (jnp.stack([answer] * 4), jnp.ones(4, bool)), mark)
     assert seen.right.tolist() == [True, True, False, False]
     assert seen.asks.tolist() == [False, True, False, False]
     assert seen.violates.tolist() == [True, False, True, False]

@@ -14,7 +14,8 @@ from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.recipes import sequences
-from rlhf_jax.recipes.sequences import Judged, Prompts, Rated, Task
+from rlhf_jax.recipes.sequences import Constraint, Judged, Prompts, Task
+from rlhf_jax.recipes.teacher_samples import Rated, tilt
 from rlhf_jax.types import TokenInputs
 
 SHAPE = TransformerConfig(vocab_size=6, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_width=16)
@@ -52,17 +53,17 @@ def test_a_checkable_reward_is_learnt(base, method):
     learner, before = step(learner, base, PROMPTS, jax.random.key(2))
     learner, after = step(learner, base, PROMPTS, jax.random.key(3))
     assert float(after["human/reward"]) > float(before["human/reward"]) + 0.2
-    assert float(after["constraint/multiplier"]) == 0.0  # multiplier_rate is 0
+    assert float(after["constraint/multiplier"]) == 0.0  # the default constrains nothing
 
 
 def test_the_multiplier_follows_answers_at_stake_alone():
     costs, stake = jnp.array([1.0, 0.0, 1.0]), jnp.array([True, True, False])
     judged = Judged(jnp.zeros(3), costs, stake)
-    state, told = sequences.ascend(constraints.init_lagrange(1.0), judged, limit=0.1, rate=0.5)
+    state, told = sequences.ascend(constraints.init_lagrange(1.0), judged, Constraint(0.1, 0.5))
     assert float(state.multiplier) == pytest.approx(1.0 + 0.5 * (0.5 - 0.1))
     assert float(told["constraint/cost"]) == 0.5
     nobody = judged._replace(at_stake=jnp.zeros(3, bool))
-    assert float(sequences.ascend(state, nobody, limit=0.1, rate=0.5)[0].multiplier) == float(state.multiplier)
+    assert float(sequences.ascend(state, nobody, Constraint(0.1, 0.5))[0].multiplier) == float(state.multiplier)
 
 
 def test_tilted_weights_have_mean_one_and_meet_the_limit():
@@ -71,12 +72,13 @@ def test_tilted_weights_have_mean_one_and_meet_the_limit():
     costs[:, 0] = 0.0  # a harmless answer is always there
     inputs, mask = TokenInputs(jnp.zeros((8, 4, 4), jnp.int32), jnp.ones((8, 4, 4), bool)), jnp.ones((8, 4, 2), bool)
     rated = Rated(inputs, mask, jnp.asarray(rewards), jnp.asarray(costs), jnp.ones((8, 4), bool))
-    weights, lagrange = sequences.tilt(rated, beta=0.5)
+    weights, lagrange = tilt(rated, beta=0.5)
     expected = np.exp(rewards / 0.5)
     np.testing.assert_allclose(weights, expected / expected.mean(1, keepdims=True), rtol=1e-5)
     assert float(lagrange.multiplier) == 0.0
-    limited = functools.partial(sequences.tilt, beta=0.05, limit=0.05, multiplier_rate=2.0, steps=400)
-    weights, lagrange = jax.jit(limited)(rated)
+    weights, lagrange = jax.jit(lambda: tilt(rated, beta=0.05, constraint=Constraint(0.05, 2.0), steps=400))()
     np.testing.assert_allclose(weights.mean(1), 1.0, rtol=1e-5)
     assert float(lagrange.multiplier) > 0
-    assert float((weights * costs).mean()) < 0.08
+    assert float((weights * costs).mean()) == pytest.approx(0.05, abs=5e-3)
+    expected = np.exp((rewards - float(lagrange.multiplier) * costs) / 0.05)
+    np.testing.assert_allclose(weights, expected / expected.mean(1, keepdims=True), rtol=1e-4, atol=1e-6)
