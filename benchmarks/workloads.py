@@ -114,23 +114,23 @@ class Case(NamedTuple):
 
 
 def normal_like(shapes: Any, seed: int) -> Any:
-    """Parameters of the given shapes: normal with deviation 0.02, scales of norms 1."""
+    """Parameters of the given shapes: normal with deviation 0.02, scales of norms 1, biases 0."""
     rng = np.random.default_rng(seed)
 
     def draw(path: Any, leaf: Any) -> jax.Array:
         name = jax.tree_util.keystr(path, simple=True, separator="/").split("/")[-1]
-        if leaf.ndim == 1:
+        if name in ("scale", "bias"):
             return jnp.full(leaf.shape, name == "scale", jnp.float32)
         return jnp.asarray(0.02 * rng.standard_normal(leaf.shape, np.float32))
 
     return jax.tree_util.tree_map_with_path(draw, shapes)
 
 
-def decoder(model: Transformer, seed: int) -> Any:
-    """Random parameters of the whole model."""
+def shapes(config: TransformerConfig) -> Any:
+    """Parameters of the whole model, as shapes."""
     one = jnp.ones((1, 1), jnp.int32)
-    init = functools.partial(model.init, method="initialise")
-    return normal_like(jax.eval_shape(init, jax.random.key(0), one, one > 0)["params"], seed)
+    init = functools.partial(Transformer(config).init, method="initialise")
+    return jax.eval_shape(init, jax.random.key(0), one, one > 0)["params"]
 
 
 def without_head(params: dict) -> dict:
@@ -164,6 +164,7 @@ class Setup:
     def __init__(self, config: TransformerConfig, sizes: Sizes) -> None:
         self.config, self.sizes = config, sizes
         self.writer = self.model = Transformer(config)  # what generates, and what reads
+        self.shapes = shapes(config)  # of the parameters, as `model` takes them
         self.length = sizes.prompt + sizes.response
         self.rows = sizes.rows * sizes.group
         self.log_probs = token_policy(self.model, prompt_length=sizes.prompt)
@@ -218,7 +219,7 @@ class Setup:
 
     def params(self, seed: int) -> Any:
         """Random parameters, as `model` takes them."""
-        return decoder(self.writer, seed)
+        return normal_like(self.shapes, seed)
 
     def plain(self, params: Any) -> Any:
         """Parameters as `writer` takes them."""
