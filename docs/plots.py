@@ -18,6 +18,8 @@ from rlhf_jax.losses import (
     gated_policy,
     policy,
     preference,
+    reward_model,
+    unpaired_preference,
     value,
 )
 
@@ -91,6 +93,36 @@ def pair_curves() -> dict[str, Curve]:
         "exo": pair(preference.exo),
         "apo_zero": pair(anchored_preference.apo_zero),
         "nca": pair(anchored_preference.nca),
+        "discopop": pair(preference.discopop, tau=1.0),
+        "apo_down": pair(anchored_preference.apo_down),
+        "sppo": pair(anchored_preference.sppo),
+        "bco_pair": pair(anchored_preference.bco_pair),
+    }
+
+
+def thumb_curves() -> dict[str, Curve]:
+    """Losses of one completion's log-ratio; KTO's reference point and BCO's shift are 0.5, β = 1."""
+    found: dict[str, Curve] = {}
+    for verdict in (True, False):
+        name, flag, anchor = "good" if verdict else "bad", jnp.asarray(verdict), jnp.asarray(0.5)
+        found |= {
+            f"kto, {name}": lambda x, flag=flag, anchor=anchor: unpaired_preference.kto(x, flag, anchor, beta=1.0),
+            f"apo_zero_unpaired, {name}": lambda x, flag=flag: unpaired_preference.apo_zero_unpaired(x, flag, beta=1.0),
+            f"bco, {name}": lambda x, flag=flag, anchor=anchor: unpaired_preference.bco(x, flag, anchor, beta=1.0),
+        }
+    return found
+
+
+def comparison_curves() -> dict[str, Curve]:
+    """Reward-model losses of the difference of two scores, the first one chosen or neither."""
+    zero, won, tied = jnp.zeros(()), jnp.asarray(False), jnp.asarray(True)
+    return {
+        "bradley_terry": lambda x: reward_model.bradley_terry(x, zero),
+        "bradley_terry, margin 1": lambda x: reward_model.bradley_terry(x, zero, margin=1.0),
+        "bradley_terry, smoothing 0.1": lambda x: reward_model.bradley_terry(x, zero, label_smoothing=0.1),
+        "rao_kupper, chosen": lambda x: reward_model.rao_kupper(x, zero, won, theta=2.0),
+        "rao_kupper, tie": lambda x: reward_model.rao_kupper(x, zero, tied, theta=2.0),
+        "davidson, tie": lambda x: reward_model.davidson(x, zero, tied, nu=0.7),
     }
 
 
@@ -149,6 +181,8 @@ def figures() -> dict[str, str]:
         "policy_good": curves(policy_curves(1.0), near, "log-ratio, advantage +1", limit=5.0),
         "policy_bad": curves(policy_curves(-1.0), near, "log-ratio, advantage -1", limit=5.0),
         "preference": curves(pair_curves(), wide, "margin", limit=4.0),
+        "thumbs": curves(thumb_curves(), wide, "log-ratio", limit=4.0),
+        "comparisons": curves(comparison_curves(), wide, "difference of scores", limit=4.0),
         "scores": curves(score_curves(), wide, "log-ratio", limit=4.0),
         "kl": curves(kl_curves(), near, "log-ratio", limit=3.0),
         "value": curves(value_curves(), jnp.linspace(-3.0, 3.0, 301), "value, return 0", limit=6.0),

@@ -35,6 +35,8 @@ FAMILIES = (
             n(
                 "distillation.soft_cross_entropy",
                 "the target is a teacher",
+                n("distillation.hard_cross_entropy", "its likeliest token"),
+                n("sampled_distillation.sampled_cross_entropy", "its samples"),
                 n("distillation.hinton_cross_entropy", "τ² keeps the gradient's size"),
                 n(
                     "distillation.forward_kl",
@@ -49,7 +51,11 @@ FAMILIES = (
                     ),
                     n("distillation.total_variation", "|P - Q|"),
                 ),
-                n("human_distillation.human_reweighted_cross_entropy", "teacher times exp(r/β)"),
+                n(
+                    "human_distillation.human_reweighted_cross_entropy",
+                    "teacher times exp(r/β)",
+                    n("human_distillation.human_soft_targets", "its samples and soft targets"),
+                ),
             ),
             n(
                 "regression_policy.weighted_log_likelihood",
@@ -112,6 +118,7 @@ FAMILIES = (
                 "preference.dpo",
                 "the policy is the reward",
                 n("preference.conservative_dpo", "labels smoothed", n("preference.robust_dpo", "unbiased under flips")),
+                n("preference.dpo_mean", "per token"),
                 n("preference.exo", "reverse KL of the label"),
                 n("preference.discopop", "blend with exp"),
                 n("preference.hinge", "margin"),
@@ -125,7 +132,11 @@ FAMILIES = (
                 n("anchored_preference.sppo", "squared, absolute"),
                 n("anchored_preference.bco_pair", "a classifier", n("unpaired_preference.bco", "unpaired")),
                 n("unpaired_preference.kto", "unpaired", n("unpaired_preference.apo_zero_unpaired", "anchor 0")),
-                n("distributional_preference.aot_paired", "sorted over the batch"),
+                n(
+                    "distributional_preference.aot_paired",
+                    "sorted over the batch",
+                    n("distributional_preference.aot_unpaired", "unpaired"),
+                ),
                 n("online_preference.online_dpo", "fresh samples", n("online_preference.xpo", "optimism")),
                 n(
                     "reference_free_preference.cpo",
@@ -136,6 +147,7 @@ FAMILIES = (
                         "reference_free_preference.simpo",
                         "per token, target margin",
                         n("reference_free_preference.alphapo", "reshaped reward"),
+                        n("reference_free_preference.tpo_length_controlled", "a gold answer"),
                     ),
                     n("reference_free_preference.odds_ratio", "odds", n("reference_free_preference.orpo", "+ NLL")),
                 ),
@@ -154,7 +166,12 @@ FAMILIES = (
             n("categorical_value.cross_entropy", "a histogram"),
             n("q_learning.q_learning", "bootstrapped, max", n("q_learning.double_q_learning", "two networks")),
             n("q_learning.sarsa", "bootstrapped, next action", n("q_learning.expected_sarsa", "its expectation")),
-            n("rating.rating_regression", "human ratings", n("rating.ordinal", "ordered levels")),
+            n(
+                "rating.rating_regression",
+                "human ratings",
+                n("rating.ordinal", "ordered levels"),
+                n("rating.process_rewards", "right or wrong, per step"),
+            ),
             n("tamer.tamer", "delayed human signals", n("tamer.deep_tamer", "each step by itself")),
         ),
     ),

@@ -10,7 +10,9 @@ from problem import ERROR, minimise, probe
 
 from rlhf_jax import advantages
 from rlhf_jax.losses import (
+    categorical_value,
     feedback,
+    offline_q_learning,
     policy,
     q_learning,
     tamer,
@@ -72,6 +74,51 @@ def sarsa_probe():
 def expected_sarsa_probe():
     loss = lambda q: q_learning.expected_sarsa(q[S], A, STEP_REWARD, STEP_DISCOUNT, q[NEXT], TARGET_POLICY[NEXT])
     return action_value_error(loss, POLICY_ACTION_VALUES)
+
+
+@probe(CRITICS, "ILQL, expectile 0.8", "V = the expectile of Q", ERROR, 0.02)
+def ilql_probe():
+    """Q and V of the behaviour's steps; the fixed point is found by iterating both in float64."""
+    expectile = 0.8
+
+    def population(params, old, key, step):
+        q, values = params
+        terms = offline_q_learning.ilql(
+            q[S], values[S], values[NEXT], old[0][S], A, STEP_REWARD, STEP_DISCOUNT, expectile=expectile
+        )
+        return jnp.sum(BEHAVIOUR[S, A] * CHANCE * (terms.q + terms.value))
+
+    q, values = minimise(population, (jnp.zeros((STATES, ACTIONS)), jnp.zeros(STATES)), steps=3000)
+    transitions, rewards = (np.asarray(x, np.float64) for x in (MDP.transitions, MDP.rewards))
+    exact = np.zeros(STATES)
+    for _ in range(300):
+        targets = rewards + DISCOUNT * transitions @ exact
+        weights = np.where(targets > exact[:, None], expectile, 1 - expectile)
+        exact = (weights * targets).sum(-1) / weights.sum(-1)
+    return jnp.maximum(jnp.max(jnp.abs(values - exact)), jnp.max(jnp.abs(q - targets)))
+
+
+RETURNS = jnp.asarray(RNG.normal(size=5), jnp.float32)
+
+
+@probe(CRITICS, "quantile regression", "the quantiles of the return", ERROR, 0.02)
+def quantile_probe():
+    def population(quantiles, old, key, step):
+        return value.quantile_huber(quantiles, RETURNS, kappa=1e-2)
+
+    return jnp.max(jnp.abs(minimise(population, jnp.zeros(5), steps=2000) - jnp.sort(RETURNS)))
+
+
+@probe(CRITICS, "categorical critic, two-hot targets", "the mean return", ERROR, 0.02)
+def categorical_probe():
+    support = jnp.linspace(-3.0, 3.0, 7)
+    targets = categorical_value.two_hot(RETURNS, support)
+
+    def population(logits, old, key, step):
+        return jnp.mean(categorical_value.cross_entropy(jnp.broadcast_to(logits, targets.shape), targets))
+
+    found = minimise(population, jnp.zeros((1, 7)))
+    return jnp.abs(categorical_value.mean(found, support)[0] - RETURNS.mean())
 
 
 def vtrace_error(policy_: jax.Array, rho_bar: float) -> jax.Array:
@@ -154,6 +201,40 @@ def human_actor_critic_probe():
 
     logits, _ = minimise(population, (jnp.zeros((STATES, ACTIONS)), jnp.zeros(STATES)), steps=2000)
     return regret(logits)
+
+
+@probe(ACTORS, "episodic COACH, traces of two steps", "the best policy", "regret", 0.02)
+def episodic_coach_probe():
+    """Feedback on the second step reaches the first through the trace, where it is 0 on average."""
+
+    def population(logits, old, key, step):
+        chosen = jax.nn.softmax(old)
+        values = enumerable.policy_values(MDP, chosen)
+        judged = enumerable.action_values(MDP, values) - values[:, None]
+
+        def descent(s, a, t, b):
+            grad = lambda state, taken: jax.grad(lambda x: jax.nn.log_softmax(x)[state, taken])(old)
+            trace = feedback.update_eligibility(feedback.init_eligibility(old), grad(s, a), decay=0.7)
+            early = feedback.eligibility_gradient(trace, judged[s, a])
+            trace = feedback.update_eligibility(trace, grad(t, b), decay=0.7)
+            return early + feedback.eligibility_gradient(trace, judged[t, b])
+
+        weight = chosen[S, A] * CHANCE * chosen[NEXT, NEXT_A]
+        gradients = jax.vmap(descent)(S, A, NEXT, NEXT_A)
+        return jnp.sum(logits * jax.lax.stop_gradient(jnp.tensordot(weight, gradients, axes=1)))
+
+    return regret(minimise(population, jnp.zeros((STATES, ACTIONS)), rate=0.3))
+
+
+@probe(ACTORS, "Deep TAMER, delayed signals", "the human's reward of each step", ERROR, 0.02)
+def deep_tamer_probe():
+    steps, human = jnp.ones((1, 2), bool), jnp.array([[0.8, -0.4]])
+    credit = tamer.delay_credit(jnp.array([[0.7, 1.7]]), jnp.array([[0.0, 1.0]]), jnp.array([[1.0, 2.0]]), steps)
+
+    def population(predictions, old, key, step):
+        return jnp.sum(tamer.deep_tamer(predictions, credit, steps, human))
+
+    return jnp.max(jnp.abs(minimise(population, jnp.zeros((1, 2))) - human))
 
 
 @probe(ACTORS, "TAMER, delayed signals", "the human's reward of each step", ERROR, 0.02)

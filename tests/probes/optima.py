@@ -6,6 +6,7 @@ import decision_probes  # noqa: F401  (registers its probes)
 import jax
 import jax.numpy as jnp
 import regression_probes  # noqa: F401
+import two_answer_probes  # noqa: F401
 from distillation_probes import distilled
 from policy_probes import grouped, spread
 from preference_probes import pairs

@@ -24,10 +24,11 @@ from problem import (
     whole,
 )
 
-from rlhf_jax import advantages, group_advantages, kl, masking, returns, rewards, token_advantages
+from rlhf_jax import advantages, constraints, group_advantages, kl, masking, returns, rewards, token_advantages
 from rlhf_jax.losses import (
     covariance_policy,
     gated_policy,
+    importance,
     policy,
     sequence_policy,
     value,
@@ -85,6 +86,20 @@ for name, loss in SEQUENCE_LEVEL.items():
             lambda new, old, gain, baseline: loss(new, old, gain[:, 0] - baseline), inner=inner
         )
     )
+
+
+@probe(ONLINE, "REINFORCE on the reference's samples, importance weights", STAR, TV, 2e-3)
+def importance_probe():
+    sampler = tokens(REFERENCE)
+
+    def population(table, old_table, key, step):
+        old = tokens(old_table)
+        weights = importance.sequence_truncated_weights(old, sampler, MASK, cap=jnp.inf)
+        gain = returns.discounted_returns(shaped(old), MASK)
+        gain = gain - jnp.sum(jnp.exp(old.sum(-1)) * gain[:, 0])
+        return jnp.sum((jnp.exp(LOG_REFERENCE) * weights)[:, None] * policy.reinforce(tokens(table), gain))
+
+    return enumerable.total_variation(whole(minimise(population, REFERENCE)), OPTIMUM)
 
 
 def actor_critic(actor_loss: Callable[..., jax.Array], critic_loss: Callable[..., jax.Array], inner: int) -> jax.Array:
@@ -174,7 +189,16 @@ def whitened_returns(score, mask, old, drawn):
     return token_advantages.reinforce_plus_plus(rewards.score_at_last_token(score, mask), mask).advantages
 
 
+def token_baseline(score, mask, old, drawn):
+    """As if both tokens were as likely, and the rest of each distribution lay on two others."""
+    chance = jnp.broadcast_to(jnp.exp(old[drawn] / R)[:, None], mask.shape)
+    squares = chance**2 + 0.5 * (1 - chance) ** 2
+    landed = rewards.score_at_last_token(score, mask)
+    return token_advantages.optimal_token_baseline(landed, jnp.log(chance), squares, mask, group=G).advantages
+
+
 ESTIMATORS = {
+    "optimal token baseline": token_baseline,
     "RLOO (leave one out)": spread(group_advantages.leave_one_out),
     "GRPO (group mean and std)": spread(group_advantages.group_relative),
     "Dr. GRPO (group mean)": spread(group_advantages.group_centred),
@@ -195,3 +219,49 @@ for name, estimator in ESTIMATORS.items():
 def clip_cov_probe():
     loss = lambda new, old, judged, mask, key: covariance_policy.clip_cov(new, old, judged, mask, key).loss
     return grouped(spread(group_advantages.leave_one_out), loss, inner=2)
+
+
+# --- controllers ------------------------------------------------------------------------------------------------------
+
+
+def controlled(init, update, measured):
+    """What a controller ends at that answers to the exact best policy of its coefficient."""
+
+    def answer(state, _):
+        return update(state, measured(state)), None
+
+    state, _ = jax.jit(lambda state: jax.lax.scan(answer, state, length=2000))(init)
+    return measured(state)
+
+
+CONTROL = "controllers, answered by the exact best policy"
+COSTS = jnp.asarray([1.0, 0.0, 0.5] * 3)
+
+
+@probe(CONTROL, "adaptive KL", "KL(π ‖ π_ref) = target", "error in nats", 5e-3)
+def adaptive_kl_probe():
+    def distance(state):
+        best, _ = enumerable.regularised_optimum(LOG_REFERENCE, REWARDS, beta=state.coefficient)
+        return enumerable.kl_divergence(best, LOG_REFERENCE)
+
+    update = lambda state, now: kl.update_adaptive_kl(state, now, batch_size=100, target=0.3, horizon=10_000.0)
+    return jnp.abs(controlled(kl.init_adaptive_kl(5.0), update, distance) - 0.3)
+
+
+def mean_cost(state):
+    """Of the policy that maximises r - λ c less the KL."""
+    mixed = constraints.penalised_rewards(REWARDS, COSTS, state.multiplier) * (1 + state.multiplier)
+    best, _ = enumerable.regularised_optimum(LOG_REFERENCE, mixed, beta=BETA)
+    return enumerable.expectation(best, COSTS)
+
+
+CONTROLLERS = {
+    "Lagrange multiplier": (constraints.init_lagrange(), constraints.update_lagrange),
+    "Lagrange multiplier, PID": (constraints.init_pid_lagrange(), constraints.update_pid_lagrange),
+}
+for name, (init, update) in CONTROLLERS.items():
+    probe(CONTROL, name, "E cost = limit", "error of the cost", 1e-3)(
+        lambda init=init, update=update: jnp.abs(
+            controlled(init, lambda state, cost: update(state, cost, limit=0.25), mean_cost) - 0.25
+        )
+    )

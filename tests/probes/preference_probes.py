@@ -1,11 +1,14 @@
 # ruff: noqa: RUF001  (Greek letters in answers are meant)
 """Losses on preferences, run to the policy or the margin that their labels imply."""
 
+import functools
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 from problem import (
     BETA,
     LOG_REFERENCE,
@@ -18,15 +21,19 @@ from problem import (
     N,
     R,
     minimise,
+    minimise_all,
     probe,
+    tokens,
     whole,
 )
 
+from rlhf_jax.algorithms import unpaired_preference as unpaired
 from rlhf_jax.losses import (
     anchored_preference,
     divergence_preference,
     online_preference,
     preference,
+    preference_inputs,
     reference_free_preference,
     unpaired_preference,
 )
@@ -125,6 +132,75 @@ def online_dpo_probe():
     return enumerable.total_variation(whole(minimise(population, REFERENCE)), OPTIMUM)
 
 
+def saturated(credit: jax.Array) -> jax.Array:
+    """Log of the policy that maximises Σ credit σ(β ρ): nothing for answers of negative credit, and good ones share.
+
+    With u = π / π_ref a good answer's marginal credit β σ'(β log u) / (u π_ref) falls in u, and all are equal; both are
+    found by bisection in float64.
+    """
+    credit, reference = (np.asarray(x, np.float64) for x in (credit, jnp.exp(LOG_REFERENCE)))
+    good = credit > 0
+    scale = np.log(np.where(good, credit, 1.0) * BETA / reference)
+
+    def shares(log_level: float) -> np.ndarray:
+        low, high = np.full(N, -80.0), np.full(N, 80.0)
+        for _ in range(100):
+            x = (low + high) / 2
+            slope = -2 * np.logaddexp(0, -BETA * x) - BETA * x  # log σ'
+            more = scale + slope - x > log_level
+            low, high = np.where(more, x, low), np.where(more, high, x)
+        return np.where(good, reference * np.exp(low), 0.0)
+
+    low, high = -40.0, 40.0
+    for _ in range(100):
+        middle = (low + high) / 2
+        low, high = (middle, high) if shares(middle).sum() > 1 else (low, middle)
+    return jnp.log(jnp.asarray(np.maximum(shares(middle), 1e-30), jnp.float32))
+
+
+MASKS = jnp.ones((N * N, R), bool)
+LENGTHS = jnp.full(N * N, R)
+
+
+def weighted_by_policy(ratios, log_probs):
+    """WPO: the weight of a pair is the same whoever wins, so its optimum is DPO's."""
+    weights = preference_inputs.wpo_weights(log_probs[FIRST], jnp.full((N * N, R), 0.5), MASKS)
+    others = preference_inputs.wpo_weights(log_probs[SECOND], jnp.full((N * N, R), 0.5), MASKS)
+    return weights * others * preference.dpo(ratios[FIRST], ratios[SECOND], beta=BETA)
+
+
+CREDIT = jnp.exp(LOG_REFERENCE) * jnp.sum(((2 * WINS - 1) * jnp.exp(LOG_REFERENCE[SECOND])).reshape(N, N), axis=-1)
+MORE = {
+    "DPO per token": (
+        lambda ratios, _: preference.dpo_mean(ratios[FIRST], ratios[SECOND], LENGTHS, LENGTHS, beta=BETA * R),
+        STAR,
+        OPTIMUM,
+    ),
+    "WPO": (weighted_by_policy, STAR, OPTIMUM),
+    "APO-zero": (
+        lambda ratios, _: anchored_preference.apo_zero(ratios[FIRST], ratios[SECOND], beta=BETA),
+        "max Σ (wins - losses) σ(β ρ)",
+        saturated(CREDIT),
+    ),
+}
+
+
+@functools.cache
+def more_pairs() -> dict[str, jax.Array]:
+    weight = jnp.exp(LOG_REFERENCE[FIRST] + LOG_REFERENCE[SECOND]) * WINS
+
+    def population(loss):
+        return lambda table, *_: jnp.sum(weight * loss(whole(table) - LOG_REFERENCE, tokens(table)))
+
+    return minimise_all({name: population(loss) for name, (loss, *_) in MORE.items()}, REFERENCE)
+
+
+for name, (_, answer, optimum) in MORE.items():
+    probe(PAIRS, name, answer, TV, 5e-3)(
+        lambda name=name, optimum=optimum: enumerable.total_variation(whole(more_pairs()[name]), optimum)
+    )
+
+
 @probe(PAIRS, "Nash-MD", "its own best response, π_ref exp(P(y ≻ π_mix)/β) / Z", TV, 5e-3)
 def nash_md_probe():
     def opponent(log_p):
@@ -141,32 +217,50 @@ def nash_md_probe():
     return enumerable.total_variation(log_p, response)
 
 
-@probe(PAIRS, "BCO pairs at shift -β log Z", STAR, TV, 5e-3)
+# --- thumbs -----------------------------------------------------------------------------------------------------------
+
+THUMBS = "thumbs up with chance σ(r), every answer as often"
+UP = jax.nn.sigmoid(REWARDS)
+
+
+def thumbs(optimum: jax.Array, **settings: Any) -> jax.Array:
+    """Distance from an optimum after training by the algorithm, good and bad verdicts weighing as they are likely."""
+    config = unpaired.Config(beta=BETA, **settings)
+    say = lambda params, rows: tokens(params["table"])[rows]
+    rows, mask = jnp.tile(jnp.arange(N), 2), jnp.ones((2 * N, R), bool)
+    good = jnp.arange(2 * N) < N
+    others = unpaired.Batch(jnp.roll(rows, 1), mask, good, jnp.ones(2 * N))
+    batch = unpaired.Batch(rows, mask, good, jnp.concatenate([UP, 1 - UP]), mismatched=others)
+    batch = unpaired.with_reference(batch, say, {"table": REFERENCE})
+    state = unpaired.init({"table": REFERENCE}, say, optax.adam(optax.cosine_decay_schedule(0.1, 800)))
+    update = lambda state, _: (unpaired.update(state, batch, config=config)[0], None)
+    state, _ = jax.jit(lambda state: jax.lax.scan(update, state, length=800))(state)
+    return enumerable.total_variation(whole(state.train.params["table"]), optimum)
+
+
+SATURATED = "max Σ (2σ(r) - 1) σ(β ρ)"
+
+
+@probe(THUMBS, "KTO", SATURATED, TV, 5e-3)
+def kto_probe():
+    """Bad answers lose everything, so mismatched ones are unlikely on average, and the reference point comes to 0."""
+    return thumbs(saturated(2 * UP - 1))
+
+
+@probe(THUMBS, "APO-zero without pairs", SATURATED, TV, 5e-3)
+def apo_zero_unpaired_probe():
+    loss = lambda ratios, good, anchor, *, beta: unpaired_preference.apo_zero_unpaired(ratios, good, beta=beta)
+    return thumbs(saturated(2 * UP - 1), loss=loss, anchor=unpaired.nothing)
+
+
+@probe(THUMBS, "BCO at shift -β log Z", STAR, TV, 5e-3)
 def bco_probe():
-    """Thumbs up with chance σ(r): the classifier's optimum β ρ - δ = r is a policy for δ = -β log Z alone."""
+    """The classifier's optimum β ρ - δ = r is a policy for δ = -β log Z alone."""
     _, value_of_optimum = enumerable.regularised_optimum(LOG_REFERENCE, REWARDS, beta=BETA)
-    up = jax.nn.sigmoid(REWARDS)
-
-    def population(table, old, key, step):
-        ratios = whole(table) - LOG_REFERENCE
-        good, bad = (
-            unpaired_preference.bco(ratios, jnp.full(N, wanted), -value_of_optimum, beta=BETA)
-            for wanted in (True, False)
-        )
-        return jnp.sum(jnp.exp(LOG_REFERENCE) * (up * good + (1 - up) * bad))
-
-    return enumerable.total_variation(whole(minimise(population, REFERENCE)), OPTIMUM)
+    return thumbs(OPTIMUM, loss=unpaired_preference.bco, anchor=lambda point, rewards: -value_of_optimum)
 
 
-def margins(loss: Callable[..., jax.Array], expected: Callable[[jax.Array], jax.Array], wins: jax.Array) -> jax.Array:
-    """Largest error of the margin that one pair ends with, preferred with these chances."""
-    zero = jnp.zeros_like(wins)
-
-    def population(margin, old, key, step):
-        return jnp.sum(wins * loss(margin, zero) + (1 - wins) * loss(zero, margin))
-
-    return jnp.max(jnp.abs(minimise(population, zero + 0.1, steps=2000) - expected(wins)))
-
+# --- one pair ---------------------------------------------------------------------------------------------------------
 
 CHANCES = jnp.array([0.3, 0.6, 0.9])
 MARGINS = {
@@ -177,6 +271,12 @@ MARGINS = {
     ),
     "IPO, one pair": (lambda *x: preference.ipo_sum(*x, beta=BETA), lambda p: (2 * p - 1) / (2 * BETA), "(2p-1)/2β"),
     "hinge (SLiC)": (lambda *x: preference.hinge(*x, beta=BETA), lambda p: jnp.sign(p - 0.5) / BETA, "±1/β"),
+    "EXO": (
+        lambda *x: preference.exo(*x, beta=BETA, label_smoothing=0.1),
+        lambda p: (2 * p - 1) * jax.scipy.special.logit(0.9) / BETA,
+        "(2p-1) logit(1-ε)/β",
+    ),
+    "SPPO": (lambda *x: anchored_preference.sppo(*x, beta=BETA), lambda p: (2 * p - 1) / (2 * BETA), "(2p-1)/2β"),
     "NCA": (
         # as one answer beside a fixed one: p weighs σ(β m), ½ weighs σ(-β m)
         lambda *x: anchored_preference.nca(*x, beta=BETA),
@@ -184,7 +284,20 @@ MARGINS = {
         "log(2p)/β",
     ),
 }
-for name, (loss, expected, answer) in MARGINS.items():
+
+
+@functools.cache
+def margins() -> dict[str, jax.Array]:
+    """The margins that pairs end with, preferred with these chances."""
+    zero = jnp.zeros_like(CHANCES)
+
+    def population(loss):
+        return lambda margin, *_: jnp.sum(CHANCES * loss(margin, zero) + (1 - CHANCES) * loss(zero, margin))
+
+    return minimise_all({name: population(loss) for name, (loss, *_) in MARGINS.items()}, zero + 0.1, steps=2000)
+
+
+for name, (_, expected, answer) in MARGINS.items():
     probe("one pair, preferred with chance p", name, "margin " + answer, "largest error in nats", 0.02)(
-        lambda loss=loss, expected=expected: margins(loss, expected, CHANCES)
+        lambda name=name, expected=expected: jnp.max(jnp.abs(margins()[name] - expected(CHANCES)))
     )

@@ -95,6 +95,15 @@ def minimise(
     return run(params)
 
 
+def minimise_all(losses: dict[str, Callable[..., jax.Array]], start: Any, **options: Any) -> dict[str, Any]:
+    """Each loss from the same start, all in one program: Adam treats every number by itself."""
+
+    def total(params: dict[str, Any], old: dict[str, Any], key: jax.Array, step: jax.Array) -> jax.Array:
+        return sum((loss(params[name], old[name], key, step) for name, loss in losses.items()), jnp.zeros(()))
+
+    return minimise(total, dict.fromkeys(losses, start), **options)
+
+
 def shaped(old: jax.Array) -> jax.Array:
     """[N, R] token rewards: the score on the last token, minus β times the log-ratio."""
     scores = rewards.score_at_last_token(REWARDS, MASK)

@@ -1,3 +1,4 @@
+# ruff: noqa: RUF001  (Greek letters in answers are meant)
 """Weighted regression on samples of the reference, and reward models, run to what they stand for."""
 
 from collections.abc import Callable
@@ -75,6 +76,35 @@ def mpo_temperature_probe():
     return jnp.abs(enumerable.kl_divergence(target, UNIFORM) - epsilon)
 
 
+@probe(REGRESSION, "V-MPO temperature", "KL of the target from the better half = ε", "error of the KL in nats", 1e-3)
+def vmpo_temperature_probe():
+    half, epsilon = regression_policy.better_half(REWARDS, jnp.ones(N, bool)), 0.2
+
+    def dual(log_eta, old, key, step):
+        return regression_policy.vmpo_temperature_loss(jnp.exp(log_eta), REWARDS, half, epsilon=epsilon)
+
+    eta = jnp.exp(minimise(dual, jnp.zeros(())))
+    target = regression_policy.vmpo_weights(REWARDS, half, temperature=eta)
+    return jnp.abs(jnp.sum(jax.scipy.special.xlogy(target, target * jnp.sum(half))) - epsilon)
+
+
+@probe(REGRESSION, "KL constraint of MPO", "max E r where KL(π ‖ π_ref) = ε", "error of the KL in nats", 5e-3)
+def kl_constraint_probe():
+    epsilon = 0.2
+
+    def population(params, old, key, step):
+        table, log_multiplier = params
+        log_p = whole(table)
+        distance = enumerable.kl_divergence(log_p, LOG_REFERENCE)
+        constraint = regression_policy.kl_constraint(jnp.exp(log_multiplier), distance, epsilon=epsilon)
+        return constraint - enumerable.expectation(log_p, REWARDS)
+
+    table, log_multiplier = minimise(population, (REFERENCE, jnp.zeros(())), steps=1500)
+    best, _ = enumerable.regularised_optimum(LOG_REFERENCE, REWARDS, beta=jnp.exp(log_multiplier))
+    reached = enumerable.kl_divergence(best, LOG_REFERENCE)
+    return jnp.maximum(jnp.abs(reached - epsilon), enumerable.total_variation(whole(table), best))
+
+
 @probe(REGRESSION, "DRO with a learned value", STAR, TV, 2e-3)
 def dro_probe():
     def population(params, old, key, step):
@@ -137,6 +167,38 @@ def plackett_luce_probe():
     counted = jnp.ones(lists.shape, bool)
     chance = jnp.exp(-ranking.plackett_luce(REWARDS[lists], counted))
     return scores_error(lambda s: jnp.sum(chance * ranking.plackett_luce(s[lists], counted)) / N)
+
+
+@probe(MODELS, "the best of three", "r up to a constant", "largest error", 0.01)
+def list_choice_probe():
+    lists = jnp.asarray([(i, j, k) for i in range(N) for j in range(i) for k in range(j)])
+    counted = jnp.ones(lists.shape, bool)
+    picks = [jnp.full(len(lists), place) for place in range(3)]
+    chances = [jnp.exp(-ranking.list_choice(REWARDS[lists], pick, counted)) for pick in picks]
+
+    def population(scores):
+        losses = (ranking.list_choice(scores[lists], pick, counted) for pick in picks)
+        return sum(jnp.mean(chance * loss) for chance, loss in zip(chances, losses, strict=True))
+
+    return scores_error(population)
+
+
+@probe(MODELS, "scalar ratings, half of them one higher", "their mean", "largest error", 0.01)
+def rating_regression_probe():
+    def population(scores, old, key, step):
+        return jnp.mean(sum(rating.rating_regression(scores, REWARDS + more) for more in (0.0, 1.0)))
+
+    return jnp.max(jnp.abs(minimise(population, jnp.zeros(N)) - REWARDS - 0.5))
+
+
+@probe(MODELS, "steps, right with chance σ(r)", "r", "largest error", 0.01)
+def process_rewards_probe():
+    counted, chance = jnp.ones((1, N), bool), jax.nn.sigmoid(REWARDS)[None]
+
+    def population(scores, old, key, step):
+        return jnp.mean(rating.process_rewards(scores[None], chance, counted))
+
+    return jnp.max(jnp.abs(minimise(population, jnp.zeros(N)) - REWARDS))
 
 
 @probe(MODELS, "ordinal ratings", "r", "largest error", 0.01)
