@@ -1,4 +1,8 @@
-"""Grouped-query attention over visible slots, and who sees whom."""
+"""Grouped-query attention over visible slots, and who sees whom.
+
+Keys and values stand with their heads before their slots, [B, kv_heads, S, head_dim], in a cache too: so decoding reads
+every head's slots in one stretch.
+"""
 
 from typing import TYPE_CHECKING
 
@@ -54,26 +58,32 @@ def attend(
 
     Args:
       query: [B, T, N, H].
-      key: [B, S, K, H] where K divides N; heads n · N/K .. share key head n.
-      value: [B, S, K, H].
-      allowed: [B, T, S] bool.
+      key: [B, K, S, H] where K divides N; heads n · N/K .. share key head n.
+      value: [B, K, S, H].
+      allowed: [B, T, S] bool; every query is allowed one slot at least.
       scale: multiplies the scores.
-      cap: soft cap of the scores; None for none.
-      bias: [B, N, T, S] added to the scores; None for none. A soft cap and a bias exclude each other.
+      cap: soft cap of the scores; None for none, which is the limit of a large one.
+      bias: [B, N, T, S] added to the scores; None for none.
     Returns:
-      [B, T, N, H] in the query's dtype; the softmax is taken in float32.
+      [B, T, N, H] in the query's dtype; scores and softmax are float32 (float64 for float64 inputs).
     Reference: Ainslie et al. 2023, https://arxiv.org/abs/2305.13245
+
+    >>> same = jnp.ones((1, 1, 2, 1))  # two slots that are equally near
+    >>> attend(jnp.ones((1, 1, 1, 1)), same, jnp.array([1.0, 3.0]).reshape(1, 1, 2, 1), jnp.ones((1, 1, 2), bool),
+    ...        scale=1.0).item()
+    2.0
     """
-    if cap is None:
-        return jax.nn.dot_product_attention(query, key, value, bias, allowed[:, None], scale=scale)
+    wide = jnp.promote_types(query.dtype, jnp.float32)
+    grouped = query.reshape(*query.shape[:2], key.shape[1], -1, query.shape[-1])
+    scores = soft_cap(jnp.einsum("btkgh,bksh->bkgts", grouped, key, preferred_element_type=wide) * scale, cap)
     if bias is not None:
-        raise ValueError("attention scores take a soft cap or a bias, not both")
-    grouped = query.reshape(*query.shape[:2], key.shape[2], -1, query.shape[-1])
-    scores = jnp.einsum("btkgh,bskh->bkgts", grouped, key, preferred_element_type=jnp.float32)
-    scores = soft_cap(scores * scale, cap)
-    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(scores.dtype).min)
-    weights = jax.nn.softmax(scores, axis=-1).astype(value.dtype)
-    return jnp.einsum("bkgts,bskh->btkgh", weights, value).reshape(query.shape)
+        scores = scores + bias.reshape(scores.shape)
+    scores = jnp.where(allowed[:, None, None], scores, jnp.finfo(wide).min)
+    # Weights are divided by their sum after the product with the values: H numbers per query and not S.
+    weights = jnp.exp(scores - jax.lax.stop_gradient(jnp.max(scores, axis=-1, keepdims=True)))
+    mixed = jnp.einsum("bkgts,bksh->bkgth", weights.astype(value.dtype), value)
+    mixed = mixed / jnp.sum(weights, axis=-1, keepdims=True)
+    return jnp.moveaxis(mixed, 3, 1).astype(query.dtype).reshape(query.shape)
 
 
 class Attention(nn.Module):
@@ -90,7 +100,7 @@ class Attention(nn.Module):
         slot: tuple[Array, Array, Array] | None,
         bias: Array | None = None,
     ) -> tuple[Array, Array, Array]:
-        """x [B, T, D], allowed [B, T, S] bool -> output [B, T, D], keys, values [B, S, kv_heads, head_dim].
+        """x [B, T, D], allowed [B, T, S] bool -> output [B, T, D], keys, values [B, kv_heads, S, head_dim].
 
         slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves; bias
         [B, heads, T, S] is added to the scores.
@@ -106,10 +116,11 @@ class Attention(nn.Module):
             key = Norm(epsilon=config.norm_epsilon, offset=config.norm_offset, name="key_norm")(key)
         if turn is not None:
             query, key = rotate(query, turn), rotate(key, turn)
+        key, value = jnp.swapaxes(key, 1, 2), jnp.swapaxes(value, 1, 2)
         if slot is not None:
             keys, values, start = slot
-            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=1)
-            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=1)
+            key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)
+            value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
         mixed = attend(
             query,
             key.astype(x.dtype),

@@ -66,8 +66,8 @@ class EncoderDecoderConfig:
 class Memory(NamedTuple):
     """What the decoder needs of a source."""
 
-    keys: tuple[Array, ...]  # per decoder layer [B, S, heads, head_dim]
-    values: tuple[Array, ...]  # per decoder layer [B, S, heads, head_dim]
+    keys: tuple[Array, ...]  # per decoder layer [B, heads, S, head_dim]
+    values: tuple[Array, ...]  # per decoder layer [B, heads, S, head_dim]
     mask: Array  # [B, S] bool, real source tokens
 
 
@@ -82,8 +82,9 @@ class CrossAttention(nn.Module):
         self.out = Dense(self.config.width, use_bias=False)
 
     def memory(self, encoded: Array) -> tuple[Array, Array]:
-        """encoded [B, S, D] -> keys and values [B, S, heads, head_dim]."""
-        return self._heads(self.key(encoded)), self._heads(self.value(encoded))
+        """encoded [B, S, D] -> keys and values [B, heads, S, head_dim]."""
+        heads_first = lambda x: jnp.swapaxes(self._heads(x), 1, 2)
+        return heads_first(self.key(encoded)), heads_first(self.value(encoded))
 
     def __call__(self, x: Array, keys: Array, values: Array, allowed: Array) -> Array:
         """x [B, T, D], keys and values of `memory`, allowed [B, T, S] bool -> [B, T, D]."""

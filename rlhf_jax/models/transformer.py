@@ -31,8 +31,8 @@ __all__ = ["Cache", "Output", "Transformer", "TransformerConfig", "init_cache", 
 class Cache(NamedTuple):
     """Keys and values of the slots written so far. S is the capacity; slots are filled from the left."""
 
-    keys: tuple[Array, ...]  # per layer [B, S, kv_heads, head_dim]
-    values: tuple[Array, ...]  # per layer [B, S, kv_heads, head_dim]
+    keys: tuple[Array, ...]  # per layer [B, kv_heads, S, head_dim]
+    values: tuple[Array, ...]  # per layer [B, kv_heads, S, head_dim]
     mask: Array  # [B, S] bool, slots that hold a real token
     length: Array  # [] int32, slots written
 
@@ -75,7 +75,7 @@ def init_cache(config: TransformerConfig, batch: int, capacity: int, *, dtype: j
     Raises: ValueError if the model has a table of learned positions and the capacity goes beyond it.
     """
     _check_length(config, capacity)
-    shape = (batch, capacity, config.num_kv_heads, config.head_dim)
+    shape = (batch, config.num_kv_heads, capacity, config.head_dim)
     empty = tuple(jnp.zeros(shape, dtype) for _ in range(config.num_layers))
     return Cache(empty, empty, jnp.zeros((batch, capacity), bool), jnp.zeros((), jnp.int32))
 
