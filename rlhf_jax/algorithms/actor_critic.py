@@ -29,7 +29,7 @@ from rlhf_jax.losses import policy, value
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 from rlhf_jax.types import ActorCritic
 
 __all__ = ["Batch", "Config", "State", "experience", "init", "loss", "steer", "update", "update_epochs"]
@@ -78,7 +78,7 @@ def init(
     kl_coefficient: ArrayLike = 0.15,
 ) -> State:
     """The state to start from; `params` is the dict of trained parameters, of actor and critic together."""
-    return State(TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer), kl.init_adaptive_kl(kl_coefficient))
+    return State(init_train_state(params, apply_fn, optimizer), kl.init_adaptive_kl(kl_coefficient))
 
 
 def experience(

@@ -44,7 +44,7 @@ from rlhf_jax.masking import Totals
 from rlhf_jax.rewards import check_rewards
 from rlhf_jax.training.epochs import run_epochs
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 
 __all__ = ["Batch", "Config", "experience", "init", "loss", "over_tokens", "update", "update_epochs"]
 
@@ -103,8 +103,7 @@ class Config:
 
 def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: trained parameters, their optimiser, and the policy `apply_fn(params, inputs)`."""
-    state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
-    return state.replace(step=jnp.zeros((), jnp.int32))  # as every later state has it, so that a step compiles once
+    return init_train_state(params, apply_fn, optimizer)
 
 
 def experience(

@@ -18,7 +18,7 @@ from rlhf_jax import masking
 from rlhf_jax.losses.reward_model import bradley_terry, centring
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 from rlhf_jax.types import PreferenceBatch
 
 __all__ = ["Config", "init", "loss", "update"]
@@ -38,7 +38,7 @@ class Config:
 
 def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: trained parameters, their optimiser, and the scorer `apply_fn(params, inputs)`."""
-    return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    return init_train_state(params, apply_fn, optimizer)
 
 
 def loss(params: Any, apply_fn: Callable[..., Array], batch: PreferenceBatch, *, config: Config) -> dict[str, Totals]:

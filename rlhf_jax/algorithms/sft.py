@@ -15,7 +15,7 @@ from jax import Array
 from rlhf_jax import masking
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 
 __all__ = ["Batch", "Config", "init", "loss", "update"]
 
@@ -37,7 +37,7 @@ class Batch:
 
 def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: trained parameters, their optimiser, and the policy `apply_fn(params, inputs)`."""
-    return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    return init_train_state(params, apply_fn, optimizer)
 
 
 def loss(params: Any, apply_fn: Callable[..., Array], batch: Batch, *, config: Config) -> dict[str, Totals]:

@@ -34,7 +34,7 @@ from rlhf_jax import masking
 from rlhf_jax.losses import unpaired_preference
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.gradients import loss_and_gradients, split_rows
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 
 __all__ = [
     "Batch",
@@ -118,9 +118,8 @@ class Config:
 
 def init(params: Any, apply_fn: Callable[..., Array], optimizer: optax.GradientTransformation) -> State:
     """The state to start from: trained parameters, their optimiser, and the policy `apply_fn(params, inputs)`."""
-    train = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
     zero = jnp.zeros((), jnp.float32)
-    return State(train.replace(step=jnp.zeros((), jnp.int32)), Totals(zero, zero))
+    return State(init_train_state(params, apply_fn, optimizer), Totals(zero, zero))
 
 
 def with_reference(batch: Batch, apply_fn: Callable[..., Array], reference: Any) -> Batch:

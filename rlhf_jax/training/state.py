@@ -15,12 +15,24 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from flax import traverse_util
+from flax.training.train_state import TrainState
 
-__all__ = ["map_paths", "merge_params", "path_matches", "split_params", "trainable"]
+__all__ = ["init_train_state", "map_paths", "merge_params", "path_matches", "split_params", "trainable"]
 
 Predicate = Callable[[str], bool]
+
+
+def init_train_state(params: Any, apply_fn: Callable[..., Any], optimizer: optax.GradientTransformation) -> TrainState:
+    """`TrainState.create`, its step an int32 array as in every later state, so that a jitted step compiles once.
+
+    >>> init_train_state({}, lambda params, inputs: inputs, optax.sgd(0.1)).step
+    Array(0, dtype=int32)
+    """
+    state = TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    return state.replace(step=jnp.zeros((), jnp.int32))
 
 
 def map_paths(function: Callable[[str, Any], Any], tree: Any) -> Any:

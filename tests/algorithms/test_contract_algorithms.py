@@ -335,6 +335,15 @@ def test_a_numeric_knob_is_traced_and_alive(name):
     assert len(traces) == first
 
 
+@pytest.mark.parametrize("name", ["sft", "reward_model", "actor_critic"])
+def test_the_second_step_is_not_compiled_anew(name):
+    one, (state, _) = subject(name), expected(name)
+    step, traces = compiled(name)
+    first = len(traces)
+    step(state, one.batch, one.knobs)
+    assert len(traces) == first
+
+
 def test_knobs_as_python_numbers_give_the_same(name):
     one = subject(name)
     step = jax.jit(functools.partial(one.module.update, config=one.config(**one.knobs)))
