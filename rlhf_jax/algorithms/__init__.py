@@ -7,6 +7,7 @@ from rlhf_jax.algorithms import (
     preference,
     reward_model,
     sft,
+    unpaired_preference,
 )
 
 __all__ = [
@@ -16,4 +17,5 @@ __all__ = [
     "preference",
     "reward_model",
     "sft",
+    "unpaired_preference",
 ]

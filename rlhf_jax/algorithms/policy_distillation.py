@@ -31,7 +31,7 @@ from rlhf_jax import masking
 from rlhf_jax.losses.human_distillation import human_soft_targets
 from rlhf_jax.masking import Totals
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import merge_params
+from rlhf_jax.training.state import init_train_state, merge_params
 from rlhf_jax.types import Distilled
 
 __all__ = ["Batch", "Config", "init", "loss", "proposal", "update"]
@@ -73,7 +73,7 @@ def proposal(human_weights: Array) -> tuple[Array, Array]:
 
 def init(params: Any, apply_fn: Callable[..., Distilled], optimizer: optax.GradientTransformation) -> TrainState:
     """The state to start from: the student's trained parameters and their optimiser."""
-    return TrainState.create(apply_fn=apply_fn, params=params, tx=optimizer)
+    return init_train_state(params, apply_fn, optimizer)
 
 
 def loss(params: Any, apply_fn: Callable[..., Distilled], batch: Batch, *, config: Config) -> dict[str, Totals]:

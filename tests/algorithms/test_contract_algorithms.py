@@ -335,7 +335,6 @@ def test_a_numeric_knob_is_traced_and_alive(name):
     assert len(traces) == first
 
 
-@pytest.mark.parametrize("name", ["sft", "reward_model", "actor_critic"])
 def test_the_second_step_is_not_compiled_anew(name):
     one, (state, _) = subject(name), expected(name)
     step, traces = compiled(name)
