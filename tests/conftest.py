@@ -6,10 +6,12 @@ import pathlib
 import tempfile
 
 # Tests compile thousands of small programs and run each for a moment: half of their time would go into optimising code.
-flags = ["--xla_force_host_platform_device_count=4", "--xla_backend_optimization_level=0"]
-if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) <= (0, 10):  # later ones abort at this flag
-    flags.append("--xla_cpu_use_fusion_emitters=false")
-os.environ["XLA_FLAGS"] = " ".join([*flags, os.environ.get("XLA_FLAGS", "")])
+os.environ["XLA_FLAGS"] = (
+    "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
+    + "--xla_cpu_use_fusion_emitters=false "  # jaxlib 0.11 and later abort at this flag
+    * (tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11))
+    + os.environ.get("XLA_FLAGS", "")
+)
 os.environ["JAX_PLATFORMS"] = "cpu"
 os.environ.setdefault("MPLBACKEND", "Agg")
 
