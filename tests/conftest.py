@@ -8,7 +8,7 @@ import tempfile
 # Tests compile thousands of small programs and run each for a moment: half of their time would go into optimising code.
 os.environ["XLA_FLAGS"] = (
     "--xla_force_host_platform_device_count=4 --xla_backend_optimization_level=0 "
-    + "--xla_cpu_use_fusion_emitters=false "  # jaxlib 0.11 and later abort at this flag
+    + "--xla_cpu_use_fusion_emitters=false "  # known up to jaxlib 0.10; 0.12 aborts at it
     * (tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11))
     + os.environ.get("XLA_FLAGS", "")
 )
