@@ -3,6 +3,7 @@
 import importlib.metadata
 import os
 import pathlib
+import signal
 import tempfile
 
 # Tests compile thousands of small programs and run each for a moment: half of their time would go into optimising code.
@@ -24,6 +25,8 @@ jax.config.update(
     "jax_compilation_cache_dir", str(pathlib.Path(tempfile.gettempdir()) / f"rlhf_jax-test-cache-{os.getuid()}")
 )
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+signal.signal(signal.SIGINT, signal.default_int_handler)  # a shell's background job starts with Ctrl-C ignored
 
 hypothesis.settings.register_profile("default", deadline=None, max_examples=25, derandomize=bool(os.environ.get("CI")))
 hypothesis.settings.load_profile("default")
