@@ -10,7 +10,7 @@ from pathlib import Path
 
 __all__ = ["main"]
 
-OLDEST_JAX = (0, 7)
+OLDEST_JAX = (0, 8)
 
 
 def parser() -> argparse.ArgumentParser:

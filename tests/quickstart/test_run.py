@@ -167,7 +167,7 @@ def test_the_command_line_speaks_in_sentences(capsys, monkeypatch, tmp_path):
 def test_an_old_jax_is_named(capsys, monkeypatch):
     monkeypatch.setattr("importlib.metadata.version", lambda name: "0.4.30")
     assert cli.main(["quickstart", "--tiny"]) == 2
-    assert "JAX 0.7 or newer is needed, and 0.4.30 is installed" in capsys.readouterr().err
+    assert "JAX 0.8 or newer is needed, and 0.4.30 is installed" in capsys.readouterr().err
 
 
 def test_a_file_that_cannot_be_written_is_named(capsys, monkeypatch, tmp_path):
