@@ -45,7 +45,7 @@ def clip_by_global_norm(max_norm: ArrayLike) -> optax.GradientTransformation:
         factor = max_norm / jnp.maximum(optax.tree.norm(updates), max_norm)
         return jax.tree.map(lambda g: (g * factor).astype(g.dtype), updates), state
 
-    return optax.GradientTransformation(optax.init_empty_state, update)
+    return optax.GradientTransformation(lambda params: optax.EmptyState(), update)
 
 
 def split_rows(batch: Any, microbatches: int) -> Any:

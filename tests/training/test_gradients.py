@@ -222,6 +222,7 @@ def test_clipped_gradients_are_those_of_optax(norm, limit):
     np.testing.assert_allclose(narrow.astype(jnp.float32), np.array([0.1, 300.0]) * limit / 300.0, rtol=1e-2)
 
 
+@pytest.mark.skipif(jax.__version_info__ < (0, 9), reason="the compiler of JAX 0.8 plans memory otherwise")
 def test_clipping_keeps_no_second_copy_of_the_gradients():
     """An Adam step of many leaves: what optax divides is kept beside the gradients until the last leaf is done."""
     params = {f"layer_{index}": jnp.ones((64, 64)) for index in range(16)}
