@@ -1,11 +1,23 @@
 """Where texts come from and how they become batches: verified downloads, tokenizers, padding, resumable order.
 
 Files become rows (`readers`), rows examples (`formats`), examples token lists (`encoding`, by a tokenizer and its chat
-template), and those batches (`batches`, or `packing`), in an order that resumes (`batches`, or grain by `pipeline`).
+template), and those batches (`collation`, `batches`, or `packing`), in an order that resumes (`batches`, or grain by
+`pipeline`).
 """
 
 from rlhf_jax.data.batches import BatchStream, DataPosition, epoch_plan, preference_batch, token_batch
 from rlhf_jax.data.chat import assistant_spans, render_chat
+from rlhf_jax.data.collation import (
+    ResponsesBatch,
+    StepwiseBatch,
+    UnpairedBatch,
+    batch_completions,
+    batch_preferences,
+    batch_ranked,
+    batch_rated,
+    batch_stepwise,
+    batch_unpaired,
+)
 from rlhf_jax.data.encoding import EncodedRow, encode_conversation, encode_pair, encode_prompt, encode_text, row_batch
 from rlhf_jax.data.folder_tokenizer import FolderTokenizer, check_embedding, load_tokenizer
 from rlhf_jax.data.formats import FORMATS, Format, detect_format, split_prompt
@@ -24,10 +36,19 @@ __all__ = [
     "Format",
     "PackedBatch",
     "PlanSource",
+    "ResponsesBatch",
     "Rows",
+    "StepwiseBatch",
     "Tokenizer",
+    "UnpairedBatch",
     "assistant_spans",
+    "batch_completions",
     "batch_dataset",
+    "batch_preferences",
+    "batch_ranked",
+    "batch_rated",
+    "batch_stepwise",
+    "batch_unpaired",
     "check_embedding",
     "choose_buckets",
     "detect_format",

@@ -14,7 +14,7 @@ import numpy as np
 from rlhf_jax.data.batches import check_tokens, pad_right
 from rlhf_jax.data.chat import assistant_spans, render_chat
 from rlhf_jax.data.examples import Conversation, Side, Tools
-from rlhf_jax.data.tokenizer import ChatTokenizer, Tokenizer
+from rlhf_jax.data.tokenizer import ChatTokenizer, Tokenizer, template_of
 from rlhf_jax.errors import UserError
 from rlhf_jax.types import TokenBatch
 
@@ -61,7 +61,7 @@ def encode_conversation(conversation: Conversation, tokenizer: ChatTokenizer) ->
       that has no end token to learn.
     """
     text, spans = assistant_spans(
-        _template(tokenizer), conversation.messages, tools=conversation.tools, variables=tokenizer.special_tokens
+        template_of(tokenizer), conversation.messages, tools=conversation.tools, variables=tokenizer.special_tokens
     )
     tokens, places = tokenizer.encode_with_places(text)
     targets = [False] * len(tokens)
@@ -81,7 +81,9 @@ def encode_prompt(prompt: Side, tokenizer: Tokenizer, *, tools: Tools = None) ->
     if isinstance(prompt, str):
         return [*_begin(prompt, tokenizer), *tokenizer.encode(prompt)]
     chat = _chatting(tokenizer)
-    text = render_chat(_template(chat), prompt, add_generation_prompt=True, tools=tools, variables=chat.special_tokens)
+    text = render_chat(
+        template_of(chat), prompt, add_generation_prompt=True, tools=tools, variables=chat.special_tokens
+    )
     return chat.encode_with_places(text)[0]
 
 
@@ -105,8 +107,8 @@ def encode_pair(
     chat = _chatting(tokenizer)
     messages = (*prompt, *response)
     names = {"tools": tools, "variables": chat.special_tokens}
-    before = render_chat(_template(chat), prompt, add_generation_prompt=True, **names)
-    whole = render_chat(_template(chat), messages, **names)
+    before = render_chat(template_of(chat), prompt, add_generation_prompt=True, **names)
+    whole = render_chat(template_of(chat), messages, **names)
     if not whole.startswith(before):
         raise UserError("the chat template renders the prompt differently once the response follows")
     together = chat.encode_with_places(whole)[0]
@@ -178,12 +180,6 @@ def _chatting(tokenizer: Tokenizer) -> ChatTokenizer:
     if not hasattr(tokenizer, "encode_with_places"):
         raise UserError("messages need a tokenizer with a chat template; give texts, or load a model's tokenizer")
     return tokenizer  # type: ignore[return-value]
-
-
-def _template(tokenizer: ChatTokenizer) -> str:
-    if tokenizer.chat_template is None:
-        raise UserError("This model's tokenizer has no chat template: use a model tuned for chat, or plain text")
-    return tokenizer.chat_template
 
 
 def _stops(tokens: Sequence[int], places: Sequence[int], tokenizer: ChatTokenizer) -> list[int]:

@@ -9,12 +9,11 @@ template may hold them.
 import dataclasses
 import json
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rlhf_jax.data.chat import Message, render_chat
-from rlhf_jax.data.tokenizer import Tokenizer
+from rlhf_jax.data.tokenizer import ModelTokenizer, Tokenizer
 from rlhf_jax.errors import UserError, missing_extra
 
 if TYPE_CHECKING:
@@ -26,7 +25,7 @@ _ROLES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderTokenizer:
+class FolderTokenizer(ModelTokenizer):
     """A tokenizer of the `tokenizers` package with its special tokens. `load_tokenizer` makes one."""
 
     backend: "Backend"  # reads control tokens in the text as such
@@ -55,26 +54,6 @@ class FolderTokenizer:
         """Token ids of text from `render_chat`, with the characters (first, end) that each token stands for."""
         encoding = self.backend.encode(text, add_special_tokens=False)
         return encoding.ids, encoding.offsets
-
-    def decode(self, ids: Iterable[int], *, control_tokens: bool = False) -> str:
-        """The text of `ids`. Control tokens are left out unless `control_tokens`; half characters become U+FFFD."""
-        hidden = frozenset() if control_tokens else frozenset(self.control_ids.values()) | {self.pad_id}
-        return self.backend.decode([i for i in map(int, ids) if i not in hidden], skip_special_tokens=False)
-
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as text by the model's own template, for `encode(text, control_tokens=True)`.
-
-        Raises: UserError if the model has no template or the template refuses the messages.
-        """
-        if self.chat_template is None:
-            raise UserError("This model's tokenizer has no chat template: use a model tuned for chat, or plain text")
-        return render_chat(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=self.special_tokens
-        )
-
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation; a control token written inside a message counts as a control token."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), control_tokens=True)
 
 
 def load_tokenizer(

@@ -19,7 +19,15 @@ if TYPE_CHECKING:
     from gguf import GGUFReader
     from tokenizers import Tokenizer as Backend
 
-__all__ = ["BPETokenizer", "ByteTokenizer", "ChatTokenizer", "Tokenizer", "load_gguf_tokenizer"]
+__all__ = [
+    "BPETokenizer",
+    "ByteTokenizer",
+    "ChatTokenizer",
+    "ModelTokenizer",
+    "Tokenizer",
+    "load_gguf_tokenizer",
+    "template_of",
+]
 
 _CONTROL = 3  # the token type that GGUF gives to control tokens
 _DIGIT_SPLITTING = ("smollm", "starcoder", "refact", "command-r")  # one digit at a time, then as GPT-2
@@ -82,8 +90,52 @@ class ByteTokenizer:
         return bytes(i for i in map(int, ids) if i < 256).decode("utf-8", errors="replace")
 
 
+def template_of(tokenizer: "ChatTokenizer | ModelTokenizer") -> str:
+    """The tokenizer's chat template.
+
+    Raises: UserError if it has none.
+    """
+    if tokenizer.chat_template is None:
+        raise UserError("This model's tokenizer has no chat template: use a model tuned for chat, or plain text")
+    return tokenizer.chat_template
+
+
+class ModelTokenizer(Protocol):
+    """What tokenizers of the `tokenizers` package have in common, wherever their files come from."""
+
+    backend: "Backend"
+    pad_id: int
+    control_ids: dict[str, int]  # control token -> id
+    special_tokens: dict[str, str]  # bos_token, eos_token, ... as chat templates name them
+    chat_template: str | None
+
+    def encode(self, text: str, *, control_tokens: bool = False) -> list[int]: ...
+
+    def decode(self, ids: Iterable[int], *, control_tokens: bool = False) -> str:
+        """The text of `ids`. Control tokens are left out unless `control_tokens`; half characters become U+FFFD."""
+        hidden = frozenset() if control_tokens else frozenset(self.control_ids.values()) | {self.pad_id}
+        return self.backend.decode([i for i in map(int, ids) if i not in hidden], skip_special_tokens=False)
+
+    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
+        """A conversation as the text that the model was trained on, by the model's own template.
+
+        Args:
+          messages: dicts with the keys "role" ("system", "user" or "assistant") and "content".
+          add_generation_prompt: end with the opening of an assistant's turn.
+        Returns: the text for `encode(text, control_tokens=True)`. The template runs in a sandbox.
+        Raises: UserError if the model has no template or the template refuses the messages.
+        """
+        return render_chat(
+            template_of(self), messages, add_generation_prompt=add_generation_prompt, variables=self.special_tokens
+        )
+
+    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
+        """Token ids of a conversation; a control token written inside a message counts as a control token."""
+        return self.encode(self.render_chat(messages, add_generation_prompt), control_tokens=True)
+
+
 @dataclasses.dataclass(frozen=True)
-class BPETokenizer:
+class BPETokenizer(ModelTokenizer):
     """A byte-level BPE tokenizer with control tokens and a chat template. `load_gguf_tokenizer` makes one."""
 
     backend: "Backend"
@@ -123,30 +175,6 @@ class BPETokenizer:
                 places += [(start + first, start + end) for first, end in encoding.offsets]
             start += len(piece)
         return ids, places
-
-    def decode(self, ids: Iterable[int], *, control_tokens: bool = False) -> str:
-        """The text of `ids`. Control tokens are left out unless `control_tokens`; half characters become U+FFFD."""
-        hidden = frozenset() if control_tokens else frozenset(self.control_ids.values()) | {self.pad_id}
-        return self.backend.decode([i for i in map(int, ids) if i not in hidden], skip_special_tokens=False)
-
-    def render_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> str:
-        """A conversation as the text that the model was trained on, by the model's own template.
-
-        Args:
-          messages: dicts with the keys "role" ("system", "user" or "assistant") and "content".
-          add_generation_prompt: end with the opening of an assistant's turn.
-        Returns: the text for `encode(text, control_tokens=True)`. The template runs in a sandbox.
-        Raises: UserError if the model has no template or the template refuses the messages.
-        """
-        if self.chat_template is None:
-            raise UserError("This model's tokenizer has no chat template: use a model tuned for chat, or plain text")
-        return render_chat(
-            self.chat_template, messages, add_generation_prompt=add_generation_prompt, variables=self.special_tokens
-        )
-
-    def encode_chat(self, messages: Sequence[Message], add_generation_prompt: bool = True) -> list[int]:
-        """Token ids of a conversation; a control token written inside a message counts as a control token."""
-        return self.encode(self.render_chat(messages, add_generation_prompt), control_tokens=True)
 
     @property
     def special_tokens(self) -> dict[str, str]:

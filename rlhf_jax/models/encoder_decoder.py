@@ -170,6 +170,7 @@ class EncoderDecoder(nn.Module):
         memory: Memory,
         *,
         cache: Cache | None = None,
+        segments: Array | None = None,
         first: int = 0,
         last: int | None = None,
         tap: int | None = None,
@@ -181,10 +182,18 @@ class EncoderDecoder(nn.Module):
           mask: [B, T] bool, real tokens; the start token is one.
           memory: of the source.
           cache: earlier target tokens, from `init_cache(config, ...)`.
+          segments: only None: a row is one source and one target, and what is short goes into a bucket of its length.
           first: first layer to run.
           last: layer to stop before; None runs to the end and applies the final norm.
           tap: layer whose incoming activations are returned too.
+        Raises:
+          ValueError: there are segments.
         """
+        if segments is not None:
+            raise ValueError(
+                "an encoder-decoder takes no segments: a row is one source and one target; do not pack the rows, put "
+                "them into buckets by length (rlhf_jax.data.choose_buckets)"
+            )
         stop = self.config.num_layers if last is None else last
         span = written(mask, cache)
         allowed = visible(*span, None)

@@ -5,8 +5,9 @@ branch "layers" whose leaves have the layers first, and `unstack_layers` turns i
 the same numbers from that tree. Its program holds one layer instead of all of them, so that it compiles in a fraction
 of the time, and with `Transformer.remat` the activations of one layer at a time are alive on every backend.
 
-It trains and scores. Generation reads a cache layer by layer, so it takes the plain model on
-``unstack_layers(params)``: that copy lives while the rollout does and is gone when the gradients need their room.
+It trains and scores, and refuses a cache: a scan would cut every layer's weights, keys and values out of their stacks
+for each token that is generated. Generation takes the plain model on ``unstack_layers(params)``: that copy lives while
+the rollout does and is gone when the gradients need their room.
 
 Optimisers that look at a whole leaf (factored moments, trust ratios, masks by the number of dimensions) see the stack
 of a kernel as one leaf; Adam and its kin, which look at single numbers, do not tell the difference.
@@ -20,7 +21,7 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.models.attention import visible
-from rlhf_jax.models.transformer import Block, Output, Transformer, TransformerConfig, rotations, within, written
+from rlhf_jax.models.transformer import Block, Cache, Output, Transformer, TransformerConfig, rotations, within, written
 
 __all__ = ["StackedTransformer", "stack_layers", "unstack_layers"]
 
@@ -86,12 +87,21 @@ class StackedTransformer:
         inputs: Array,
         mask: Array,
         *,
+        cache: Cache | None = None,
         segments: Array | None = None,
         first: int = 0,
         last: int | None = None,
         tap: int | None = None,
     ) -> Output:
-        """Runs layers first..last-1; the arguments are those of `Transformer.__call__`, without a cache."""
+        """Runs layers first..last-1; the arguments are those of `Transformer.__call__`.
+
+        Raises:
+          ValueError: there is a cache.
+        """
+        if cache is not None:
+            raise ValueError(
+                "stacked layers take no cache; generate with the plain Transformer, on unstack_layers(params)"
+            )
         params, count = variables["params"], self.config.num_layers
         ends = {"params": {name: part for name, part in params.items() if name != "layers"}}
         stop = count if last is None else last

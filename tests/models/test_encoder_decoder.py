@@ -193,3 +193,10 @@ def test_buckets_are_near_exact_and_far_logarithmic():
     for both_ways in (True, False):
         found = relative_bucket(jnp.asarray(distance), buckets=8, longest=6, both_ways=both_ways)
         np.testing.assert_array_equal(found, [bucket_of(int(d), both_ways) for d in distance])
+
+
+def test_packed_rows_are_refused():
+    (source, source_mask), (target, target_mask) = (padded(texts(SOURCES, seed), "right", S) for seed in (0, 1))
+    rows = (source, source_mask, target, target_mask)
+    with pytest.raises(ValueError, match=r"takes no segments: a row is one source and one target; .* into buckets"):
+        jax.eval_shape(functools.partial(MODEL.init, segments=source), jax.random.key(0), *rows)

@@ -163,10 +163,11 @@ def test_logits(case):
         np.testing.assert_allclose(found[mask], expected[mask], rtol=0, atol=2e-5)
 
 
-def test_gradients(case, tmp_path):
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_gradients(case, side, tmp_path):
     """Their gradients take the way of the weights: written into the model, saved and loaded."""
     theirs, _, config, params = case
-    tokens, mask = batch("right")
+    tokens, mask = batch(side)
     theirs.zero_grad()
     log_probs = torch.log_softmax(their_logits(theirs, tokens, mask)[:, :-1], -1)
     chosen = log_probs.gather(-1, torch.tensor(tokens[:, 1:, None], dtype=torch.long))[..., 0]
@@ -184,8 +185,8 @@ def test_gradients(case, tmp_path):
     found = our_gradient(config, params, tokens, mask)
     paths = jax.tree_util.tree_leaves_with_path(found)
     for (path, ours), gradient in zip(paths, jax.tree.leaves(expected), strict=True):
-        size = max(float(jnp.abs(gradient).max()), 1e-3)
-        np.testing.assert_allclose(ours / size, gradient / size, atol=1e-4, err_msg=jax.tree_util.keystr(path))
+        size = min(max(float(jnp.abs(gradient).max()), 1e-3), 1.0)  # small gradients are compared by their own size
+        np.testing.assert_allclose(ours / size, gradient / size, rtol=0, atol=2e-5, err_msg=jax.tree_util.keystr(path))
 
 
 def test_greedy_texts(case):

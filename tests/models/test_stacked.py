@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.generation.sampler import generate
 from rlhf_jax.models.adapters import attach_lora, init_lora
 from rlhf_jax.models.policies import token_policy
 from rlhf_jax.models.quantisation import int8, quantise, stored_bytes
@@ -155,9 +156,19 @@ def test_what_cannot_be_stacked_is_said():
         stack_layers({"layer_0": {}, "layer_2": {}})
     with pytest.raises(ValueError, match="to stack, got"):
         stack_layers({"embed": {}})
-    model, (tokens, mask, _) = Transformer(TransformerConfig(**SIZES)), texts()
-    with pytest.raises(TypeError, match="cache"):
-        StackedTransformer(model).apply({}, tokens, mask, cache=init_cache(model.config, B, T))  # type: ignore[call-arg]
+
+
+def test_stacked_layers_do_not_generate():
+    config = TransformerConfig(**SIZES)
+    params, model, (tokens, mask, _) = random_params(config), Transformer(config), texts()
+    refusal = r"stacked layers take no cache; generate with the plain Transformer, on unstack_layers\(params\)"
+    with pytest.raises(ValueError, match=refusal):
+        StackedTransformer(model).apply({}, tokens, mask, cache=init_cache(config, B, T))
+    keys = jax.random.split(jax.random.key(0), B)
+    run = lambda model, tree: generate(model, tree, tokens, mask, keys, length=2, end_token=0, pad_token=0)
+    with pytest.raises(ValueError, match=refusal):
+        jax.eval_shape(functools.partial(run, StackedTransformer(model)), stack_layers(params))
+    jax.eval_shape(functools.partial(run, model), unstack_layers(stack_layers(params)))
 
 
 def test_a_recomputed_stack_keeps_one_layer_alive():
