@@ -20,7 +20,7 @@ import optax
 from flax import traverse_util
 from flax.training.train_state import TrainState
 
-__all__ = ["init_train_state", "map_paths", "merge_params", "path_matches", "split_params", "trainable"]
+__all__ = ["init_train_state", "map_paths", "merge_params", "on_host", "path_matches", "split_params", "trainable"]
 
 Predicate = Callable[[str], bool]
 
@@ -116,3 +116,28 @@ def trainable(optimizer: optax.GradientTransformation, predicate: Predicate) -> 
         {"trained": optimizer, "frozen": optax.set_to_zero()},
         lambda params: map_paths(lambda path, _: "trained" if predicate(path) else "frozen", params),
     )
+
+
+def on_host(optimizer: optax.GradientTransformation) -> optax.GradientTransformationExtraArgs:
+    """The optimiser with its state in the host's memory between updates; the numbers are the same.
+
+    An update brings the arrays of the state to the device and takes them back; single numbers stay on the device. It is
+    for steps under ``jit``. Parameters that are placed before `init_train_state` decide where their moments go back to.
+
+    >>> state = on_host(optax.adam(1e-3)).init({"kernel": jnp.ones(3)})
+    >>> state[0].mu["kernel"].aval.memory_space == jax.memory.Space.Host
+    True
+    """
+    optimizer = optax.with_extra_args_support(optimizer)
+
+    def moved(state: Any, space: Any) -> Any:
+        return jax.tree.map(lambda leaf: jax.device_put(leaf, space) if jnp.ndim(leaf) else leaf, state)
+
+    def init(params: Any) -> Any:
+        return moved(optimizer.init(params), jax.memory.Space.Host)
+
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        updates, state = optimizer.update(updates, moved(state, jax.memory.Space.Device), params, **extra)
+        return updates, moved(state, jax.memory.Space.Host)
+
+    return optax.GradientTransformationExtraArgs(init, update)

@@ -65,6 +65,14 @@ def test_the_reference_duplicates_the_upper_layers_alone(blocks):
     assert all(jax.tree.leaves(moved))
 
 
+def test_an_optimiser_on_the_host_takes_the_same_step(blocks):
+    before, after = blocks[1], blocks[2]
+    assert before["metrics"]["preference/loss"] == after["metrics"]["preference/loss"]
+    jax.tree.map(np.testing.assert_array_equal, before["state"].params, after["state"].params)
+    if jax.__version_info__ >= (0, 9):  # earlier versions have one memory on a CPU
+        assert after["kinds"] == {"pinned_host"}
+
+
 @pytest.fixture(scope="module")
 def memory():
     sys.path.insert(0, str(ROOT))

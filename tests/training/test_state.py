@@ -12,9 +12,19 @@ from flax.training.train_state import TrainState
 
 from rlhf_jax import masking
 from rlhf_jax.training.gradients import loss_and_gradients
-from rlhf_jax.training.state import map_paths, merge_params, path_matches, split_params, trainable
+from rlhf_jax.training.sharding import make_mesh, shard, shard_batch
+from rlhf_jax.training.state import (
+    init_train_state,
+    map_paths,
+    merge_params,
+    on_host,
+    path_matches,
+    split_params,
+    trainable,
+)
 
 LAYERS, WIDTH, ROWS = 6, 32, 64
+HAS_HOST = jax.__version_info__ >= (0, 9)  # earlier versions have one memory on a CPU
 UPPER = path_matches(r"^layer_[45]/")
 
 
@@ -122,3 +132,53 @@ def test_paths_of_any_pytree_can_be_mapped(params):
     paths = jax.tree.leaves(map_paths(lambda path, _: path, state))
     assert "params/layer_0/kernel" in paths
     assert any(path.endswith("mu/layer_0/kernel") for path in paths)
+
+
+def spaces(optimizer_state):
+    """Where arrays of the optimiser's state are, and where single numbers are."""
+    where = lambda leaf: leaf.aval.memory_space
+    leaves = jax.tree.leaves(optimizer_state)
+    return {where(x) for x in leaves if x.ndim}, {where(x) for x in leaves if not x.ndim}
+
+
+@pytest.mark.parametrize("fsdp", [1, 4])
+def test_moments_wait_on_the_host_and_change_no_number(params, batch, fsdp):
+    host, device = jax.memory.Space.Host, jax.memory.Space.Device
+    mesh = make_mesh(data=1, fsdp=fsdp, devices=jax.devices()[:fsdp])
+    place = lambda tree: shard(tree, mesh) if fsdp > 1 else tree
+    rows = shard_batch(batch, mesh) if fsdp > 1 else batch
+    step = jax.jit(step_on_whole, donate_argnums=0)
+    here, there = (
+        init_train_state(place(jax.tree.map(jnp.copy, params)), Tower().apply, optimizer)
+        for optimizer in (optax.adamw(1e-2), on_host(optax.adamw(1e-2)))
+    )
+    placements = jax.tree.map(lambda x: x.sharding.spec, there.opt_state[0].mu) if fsdp > 1 else None
+    for _ in range(3):
+        if HAS_HOST:
+            assert spaces(there.opt_state) == ({host}, {device})
+            assert spaces(here.opt_state) == ({device}, {device})
+        here, there = step(here, rows), step(there, rows)
+    jax.tree.map(np.testing.assert_array_equal, (here.params, here.opt_state), (there.params, there.opt_state))
+    if fsdp > 1:
+        assert jax.tree.map(lambda x: x.sharding.spec, there.opt_state[0].mu) == placements
+    if HAS_HOST:
+        kinds = {leaf.sharding.memory_kind for leaf in jax.tree.leaves(there.opt_state) if leaf.ndim}
+        assert kinds == {"pinned_host"}
+
+
+def test_a_program_for_an_accelerator_moves_the_moments_in_and_out(params, batch):
+    state = make_state(params, on_host(optax.adamw(1e-2)))
+    moments = 2 * len(jax.tree.leaves(params))
+    for platform in ("cuda", "tpu"):
+        program = jax.jit(step_on_whole).trace(state, batch).lower(lowering_platforms=(platform,)).as_text()
+        moved = [line for line in program.splitlines() if "@annotate_device_placement" in line]
+        assert [sum(f'"{kind}"' in line for line in moved) for kind in ("device", "pinned_host")] == [moments] * 2
+
+
+def test_an_optimiser_on_the_host_runs_in_a_scan(params, batch):
+    state = make_state(params, on_host(optax.adamw(1e-2)))
+    loop = jax.jit(lambda state: jax.lax.scan(lambda s, _: (step_on_whole(s, batch), None), state, length=2)[0])
+    after, expected = loop(state), step_on_whole(step_on_whole(state, batch), batch)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-5, atol=1e-6), after.params, expected.params)
+    if HAS_HOST:
+        assert spaces(after.opt_state)[0] == {jax.memory.Space.Host}
