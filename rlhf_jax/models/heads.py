@@ -1,4 +1,4 @@
-"""Scalar heads on hidden states: a value per token for the critic, a score per sequence for the reward model."""
+"""Heads on hidden states: a value per token for the critic, as a number or a distribution, and a score per sequence."""
 
 from typing import TYPE_CHECKING, Any
 
@@ -8,7 +8,7 @@ from jax import Array
 
 from rlhf_jax import masking
 
-__all__ = ["ScalarHead", "SequenceScore"]
+__all__ = ["CategoricalHead", "ScalarHead", "SequenceScore"]
 
 
 class ScalarHead(nn.Module):
@@ -30,11 +30,38 @@ class ScalarHead(nn.Module):
     @nn.compact
     def __call__(self, features: Array) -> Array:
         """features [..., D] -> [...] float32 (float64 for float64 features)."""
-        x = nn.LayerNorm(name="norm")(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
-        if self.hidden:
-            x = nn.tanh(nn.Dense(self.hidden, name="hidden")(x))
-        deviation = self.scale * (x.shape[-1] + 1) ** -0.5
-        return nn.Dense(1, kernel_init=nn.initializers.normal(deviation), name="out")(x)[..., 0]
+        return _outputs(features, 1, self.hidden, self.scale)[..., 0]
+
+
+class CategoricalHead(nn.Module):
+    """Logits of a distribution over fixed atoms per feature vector, for `losses.categorical_value`.
+
+    Otherwise a `ScalarHead`, also in how it starts; scale=0 starts every distribution even.
+    """
+
+    atoms: int  # how many
+    hidden: int = 0
+    scale: float = 1.0
+
+    if TYPE_CHECKING:
+
+        def apply(self, *args: Any, **kwargs: Any) -> Any: ...
+
+        def init(self, *args: Any, **kwargs: Any) -> Any: ...
+
+    @nn.compact
+    def __call__(self, features: Array) -> Array:
+        """features [..., D] -> [..., atoms] float32 (float64 for float64 features)."""
+        return _outputs(features, self.atoms, self.hidden, self.scale)
+
+
+def _outputs(features: Array, count: int, hidden: int, scale: float) -> Array:
+    """features [..., D] -> [..., count]; called inside of a module, whose layers these become."""
+    x = nn.LayerNorm(name="norm")(features.astype(jnp.promote_types(features.dtype, jnp.float32)))
+    if hidden:
+        x = nn.tanh(nn.Dense(hidden, name="hidden")(x))
+    deviation = scale * (x.shape[-1] + 1) ** -0.5
+    return nn.Dense(count, kernel_init=nn.initializers.normal(deviation), name="out")(x)
 
 
 class SequenceScore(nn.Module):

@@ -5,15 +5,17 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from jax.test_util import check_grads
 
-from rlhf_jax.models.heads import ScalarHead, SequenceScore
+from rlhf_jax.losses import categorical_value
+from rlhf_jax.models.heads import CategoricalHead, ScalarHead, SequenceScore
 
 B, T, D = 5, 4, 6
 LENGTHS = np.array([4, 1, 0, 3, 2])
 MASK = jnp.asarray(np.arange(T)[None] < LENGTHS[:, None])
-HEADS = [ScalarHead(), ScalarHead(hidden=3)]
+HEADS = [ScalarHead(), ScalarHead(hidden=3), CategoricalHead(7), CategoricalHead(2, hidden=3)]
 
 
 def some_params(head, *inputs, seed=0, dtype=jnp.float32):
@@ -32,11 +34,12 @@ def oracle(params, x):
     x = (x - x.mean()) / np.sqrt(x.var() + 1e-6) * p["norm"]["scale"] + p["norm"]["bias"]
     if "hidden" in p:
         x = np.tanh(x @ p["hidden"]["kernel"] + p["hidden"]["bias"])
-    return (x @ p["out"]["kernel"] + p["out"]["bias"])[0]
+    out = x @ p["out"]["kernel"] + p["out"]["bias"]
+    return out[0] if len(out) == 1 else out
 
 
-@pytest.mark.parametrize("head", HEADS, ids=["linear", "hidden"])
-def test_a_head_gives_a_number_per_feature_vector(head):
+@pytest.mark.parametrize("head", HEADS, ids=["linear", "hidden", "atoms", "atoms, hidden"])
+def test_a_head_gives_its_numbers_per_feature_vector(head):
     x = features()
     params = some_params(head, x)
     found = jax.jit(head.apply)({"params": params}, x)
@@ -54,6 +57,27 @@ def test_a_head_starts_as_published_and_a_scale_of_zero_starts_it_at_zero(hidden
     assert not out["bias"].any()
     silent = ScalarHead(hidden, scale=0.0)
     assert not silent.apply(jax.jit(silent.init)(jax.random.key(0), x), x).any()
+
+
+def test_a_distribution_starts_even_and_learns_a_value_per_token():
+    support, x = jnp.linspace(-2.0, 2.0, 9), features()
+    head = CategoricalHead(9, scale=0.0)
+    params = jax.jit(head.init)(jax.random.key(0), x)["params"]
+    values = lambda params: categorical_value.mean(head.apply({"params": params}, x), support)
+    np.testing.assert_allclose(values(params), 0.0, atol=1e-6)
+    returns = jnp.where(x[..., 0] > 0, 1.3, -0.4)
+    target, optimizer = categorical_value.two_hot(returns, support), optax.adam(0.1)
+
+    def loss(params):
+        return jnp.mean(categorical_value.cross_entropy(head.apply({"params": params}, x), target))
+
+    def step(carry, _):
+        params, state = carry
+        updates, state = optimizer.update(jax.grad(loss)(params), state)
+        return (optax.apply_updates(params, updates), state), None
+
+    train = jax.jit(lambda params: jax.lax.scan(step, (params, optimizer.init(params)), length=2000)[0][0])
+    np.testing.assert_allclose(values(train(params)), returns, atol=0.02)
 
 
 def test_a_sequence_is_scored_by_the_mean_of_its_tokens():
