@@ -5,8 +5,8 @@ Method.
     return; an ensemble of Bradley-Terry reward models learns the comparisons; the actor-critic learns the ensemble's
     reward. The true reward is reported and reaches the learner through the teacher's answers alone. Pairs are asked
     where the ensemble disagrees most. An episode's end is seen by teacher and learner alike.
-  * PD (`distil`). A small student learns the trained agent's soft targets, without human reward and with segments
-    weighted by the learned human reward.
+  * PD (`control_distillation`). A small student learns the trained agent's soft targets, without human reward and with
+    every step weighted by what it gained in learned human reward.
   * TAMER and COACH (`step_feedback`). A scripted trainer calls single steps right or wrong, half of them, 0.2 to 0.6
     seconds late (a step lasts 0.2 s, CartPole ten times slowed).
 Every part is a pure function of a key, vmapped over seeds and jitted. Scores are the mean true return of greedy
@@ -29,32 +29,25 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from jax import Array
 
-from rlhf_jax import ensembles, environments, masking
-from rlhf_jax.algorithms import policy_distillation
+from rlhf_jax import environments
 from rlhf_jax.environments import Environment
 from rlhf_jax.errors import UserError
-from rlhf_jax.losses import human_distillation
-from rlhf_jax.models import control
 from rlhf_jax.quickstart.report import Clip, Plot, Report, Result, Series, StageTime
-from rlhf_jax.recipes import clips, preference_control, step_feedback
-from rlhf_jax.recipes.preference_control import Learner, acting, cut, networks, one_round, start
+from rlhf_jax.recipes import clips, control_distillation, step_feedback
+from rlhf_jax.recipes.control_distillation import distil, student_network
+from rlhf_jax.recipes.preference_control import Learner, acting, networks, one_round, start
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
 
 PARTS = ("cartpole", "tamer", "coach", "breakout")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
-class Config(preference_control.Config, step_feedback.Config):
+class Config(control_distillation.Config, step_feedback.Config):
     """All numbers of a run, and its flags."""
 
     games: str = ",".join(PARTS)
-    # PD.
-    student_hidden: int = 8
-    student_steps: int = 300
-    human_beta: float = 1.0  # in standard deviations of the segments' learned reward
     episodes: int = 16  # of every evaluation
 
 
@@ -64,96 +57,73 @@ SMOKE = {"rounds": 2, "pairs": 8, "turns": 1, "batch": 4, "steps": 32, "segment"
          "games": "cartpole,tamer"}  # fmt: skip
 
 
-def distil(key: Array, game: Environment, learner: Learner, config: Config, *, human: bool) -> Any:
-    """A small student on the trained agent's play: soft targets, with segments weighted by the learned human reward."""
-    network, _ = networks(game, config)
-    student = control.PolicyValueNet(game.actions, (config.student_hidden,), len(game.observation_shape))
-    init_key, play_key, cut_key, loop_key = jax.random.split(key, 4)
-    policy = acting(network, learner.agent.train.params)
-    _, play = environments.rollout(game, policy, learner.games, play_key, steps=4 * config.steps)
-    segments, _ = cut(play, cut_key, count=16 * config.batch, length=config.segment)
-    totals = ensembles.mean(jax.vmap(learner.judges.apply_fn, (0, None))(learner.judges.params, segments))
-    rated = jnp.ones(totals.shape, bool)
-    weights = human_distillation.human_weights(masking.whiten(totals, rated), rated, beta=config.human_beta)
-    logits = network.apply({"params": learner.agent.train.params}, segments.observations).logits
-    inputs = control.ActionInputs(segments.observations, segments.actions, logits)
-    every = policy_distillation.Batch(inputs, segments.mask, weights if human else jnp.ones_like(weights))
-    params = student.init(init_key, segments.observations[:1, 0])["params"]
-    state = policy_distillation.init(params, control.distilled(student), optax.adam(1e-2))
-
-    def step(state: Any, key: Array) -> tuple[Any, None]:
-        rows = jax.random.randint(key, (32,), 0, len(totals))
-        batch = jax.tree.map(lambda x: x[rows], every)
-        return policy_distillation.update(state, batch, config=policy_distillation.Config())[0], None
-
-    state, _ = jax.lax.scan(step, state, jax.random.split(loop_key, config.student_steps))
-    return acting(student, state.params, greedy=True)
-
-
-# --- the run ----------------------------------------------------------------------------------------------------------
-
-
 def mean_return(game: Environment, config: Config, policy: Any, key: Array) -> Array:
     return jnp.mean(environments.episode_returns(game, policy, key, episodes=config.episodes))
 
 
-def train(folder: RunFolder, name: str, keys: Array, game: Environment, config: Config, *, true: bool) -> Learner:
+def train(
+    folder: RunFolder, name: str, begin: Learner, keys: Array, game: Environment, config: Config, *, true: bool
+) -> Learner:
     """Preference RL, or the same actor-critic on the true reward, of all seeds at once; a step is a round."""
-    both = jax.vmap(jax.random.split)(keys)  # as in `learn`: a key to start with and one for the rounds
 
     @jax.jit
     def play_round(learners: Learner, index: Array) -> tuple[Learner, dict[str, Array]]:
-        round_keys = jax.vmap(jax.random.fold_in, (0, None))(both[:, 1], index)
+        round_keys = jax.vmap(jax.random.fold_in, (0, None))(keys, index)
         go = lambda learner, key: one_round(learner, index, key, game, config, true=true)
         learners, returned = jax.vmap(go)(learners, round_keys)
         each = jnp.mean(returned, axis=1)
         return learners, {"true/return": jnp.median(each), "true/worst": jnp.min(each), "true/best": jnp.max(each)}
 
-    begin = jax.jit(jax.vmap(lambda key: start(key, game, config)))(both[:, 0])
     return folder.stage(name, lambda x, i: play_round(x, jnp.int32(i)), begin, config.rounds, save_every=2)
 
 
 def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environment, config: Config) -> dict[str, Any]:
     """Preference RL, both students, and the same actor-critic on the true reward: true returns of greedy episodes."""
-    learners = {
-        who: train(folder, f"{name}/{who}", keys, game, config, true=who == "true_reward")
+    both = jax.vmap(jax.random.split)(keys)  # as in `learn`: a key to start with and one for the rounds
+    begin = jax.jit(jax.vmap(lambda key: start(key, game, config)))(both[:, 0])
+    learner, true = (
+        train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
         for who in ("preferences", "true_reward")
-    }
-    agent = lambda learner: acting(networks(game, config)[0], learner.agent.train.params, greedy=True)
+    )
+    network, small = networks(game, config)[0], student_network(game, config)
+    agents = [x.agent.train.params for x in (begin, learner, true)]
 
-    def measure(key: Array, learner: Learner, true: Learner) -> dict[str, Array]:
-        play_key, pd_key, human_key, test_key = jax.random.split(key, 4)
-        policies = {
-            "preferences": agent(learner),
-            "student": distil(pd_key, game, learner, config, human=False),
-            "student, human reward": distil(human_key, game, learner, config, human=True),
-            "true reward": agent(true),
-        }
-        scores = {f"score/{who}": mean_return(game, config, p, test_key) for who, p in policies.items()}
+    def measure(key: Array, learner: Learner, *agents: Any) -> dict[str, Array]:
+        pd_key, test_key = jax.random.split(key)
+        returned = lambda network, params: mean_return(game, config, acting(network, params, greedy=True), test_key)
+        of_agents = jax.vmap(lambda params: returned(network, params))(stacked(agents))
+        students = jax.vmap(lambda human: distil(pd_key, game, learner, config, human))(jnp.array([False, True]))
+        of_students = jax.vmap(lambda params: returned(small, params))(students)
+        who = ("before training", "preferences", "true reward", "student", "student, human reward")
+        scores = {f"score/{w}": s for w, s in zip(who, (*of_agents, *of_students), strict=True)}
         given, ties = learner.answers.given, learner.answers.first_wins == 0.5
-        untrained = mean_return(game, config, agent(start(play_key, game, config)), test_key)
-        counts = {"count/comparisons": jnp.sum(given), "count/ties": jnp.sum(ties)}
-        return scores | counts | {"score/before training": untrained}
+        return scores | {"count/comparisons": jnp.sum(given), "count/ties": jnp.sum(ties)}
 
-    found = folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys, *learners.values())))
-    first = jax.tree.map(lambda x: x[0], learners["preferences"])
-    for when, policy in {"before": agent(start(keys[0], game, config)), "after": agent(first)}.items():
-        record(folder, f"{name}_{when}", game, policy, keys[0], config)
+    found = folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys, learner, *agents)))
+    record(
+        folder, name, game, stacked([jax.tree.map(lambda x: x[0], params) for params in agents[:2]]), keys[0], config
+    )
     return found
+
+
+def stacked(trees: Any) -> Any:
+    return jax.tree.map(lambda *x: jnp.stack(x), *trees)
 
 
 def host(found: dict[str, Array]) -> dict[str, list[float]]:
     return {key: value.tolist() for key, value in jax.device_get(found).items()}
 
 
-def record(folder: RunFolder, name: str, game: Environment, policy: Any, key: Array, config: Config) -> None:
-    """A clip of one episode of the first seed, at most 500 steps of it."""
-    path = folder.path / "samples" / f"{name}.gif"
-    if not path.exists():
+def record(folder: RunFolder, name: str, game: Environment, params: Any, key: Array, config: Config) -> None:
+    """Clips of one episode of the first seed, before training and after, at most 500 steps of each."""
+    paths = [folder.path / "samples" / f"{name}_{when}.gif" for when in ("before", "after")]
+    if not all(path.exists() for path in paths):
         frame = clips.board_frame if len(game.observation_shape) == 3 else clips.cart_pole_frame
-        seen = clips.episode_observations(game, policy, key, steps=min(500, game.time_limit))
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(clips.gif(seen, frame))
+        policy = lambda params: acting(networks(game, config)[0], params, greedy=True)
+        seen = clips.episode_observations(game, policy, params, key, steps=min(500, game.time_limit))
+        for path, episode in zip(paths, seen, strict=True):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(clips.gif(episode, frame))
 
 
 def from_single_steps(folder: RunFolder, name: str, keys: Array, game: Environment, config: Config) -> dict[str, Any]:

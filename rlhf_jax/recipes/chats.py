@@ -1,102 +1,163 @@
-"""Replies in chats: sizes of a run, prompts and replies as token rows, policies and what they say."""
+"""Replies in chats: sizes of a run, the model that answers, prompts and replies as token rows, and what is said."""
 
 import dataclasses
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from rlhf_jax.data.tokenizer import Tokenizer
-from rlhf_jax.feedback.dialogues import (
-    Dialogue,
-)
+from rlhf_jax.data.fetch import MODEL, fetch
+from rlhf_jax.data.tokenizer import ByteTokenizer, Tokenizer, load_gguf_tokenizer
+from rlhf_jax.feedback.dialogues import CHITCHAT, Dialogue, load_dialogues
+from rlhf_jax.feedback.ratings import load_lexicon
 from rlhf_jax.generation.sampler import generate
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.generation.warpers import temperature
+from rlhf_jax.models.gguf import load_gguf, open_gguf
+from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import Rollout
 
-__all__ = ["Config", "Policy", "World", "exchanges", "left", "misheard", "reply", "right"]
+__all__ = ["Config", "Policy", "World", "exchanges", "left", "misheard", "open_world", "reply", "right"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Config:
     """All numbers of a run, and its flags."""
 
-    synthetic: bool = False  # made-up dialogues of rated words and bytes as tokens, without a download
-    vocabulary: int = 2048
-    prompt_length: int = 16  # tokens; the end of what was said last
-    response_length: int = 32
-    width: int = 128
-    layers: int = 4
-    trunk: int = 2  # actor, critic and reward models read the activations entering this layer
-    judge_layer: int = 1
-    base_steps: int = 500
-    base_batch: int = 64
-    base_rate: float = 2e-3
-    dialogue_tokens: int = 192  # of a chat that a reward model reads
+    synthetic: bool = False  # made-up chats and a random model of bytes, without a download
+    prompt_length: int = 32  # tokens; the end of what was said last, as the model's chat template has it
+    response_length: int = 40
+    temperature: float = 0.8  # of all samples
+    trunk: int = 20  # layers below are never trained; actor and critic read the activations entering this one
+    reward_layer: int = 6  # the reward models read those entering this one
+    judge_layer: int = 4
+    base_from: int = 20
+    base_steps: int = 20
+    base_batch: int = 32
+    base_rate: float = 1e-4
+    chat_tokens: int = 48  # of a chat that is read for its features
     comparisons: int = 4096
-    turns: int = 40
-    batch: int = 64
+    turns: int = 12
+    batch: int = 24
     minibatches: int = 4
-    actor_rate: float = 5e-4
+    actor_rate: float = 1e-4
     kl_coefficient: float = 0.05
-    kl_target: float = 8.0  # nats per reply
-    student_steps: int = 80  # of the common start, and again of each student
-    teacher_samples: int = 1024
-    human_beta: float = 0.5
-    eval_prompts: int = 256
-    noise: float = 0.15
+    teacher_samples: int = 96
+    student_steps: int = 12
+    student_batch: int = 16
+    student_rate: float = 2e-4
+    human_beta: float = 0.3  # in standard deviations of the base's replies
+    eval_prompts: int = 48
+    noise: float = 0.15  # of the words of misheard prompts
+    speak: int = 4  # exchanges of the first seed that espeak-ng speaks, if it is there
 
 
 class World(NamedTuple):
-    """What one seed works with."""
+    """What all seeds work with."""
 
     config: Config
     tokenizer: Tokenizer
     model: Transformer
-    train: list[Dialogue]
-    held_out: list[Dialogue]  # of the judge; nothing that is judged is trained on them
+    params: Any  # of the model as it came
+    template: tuple[list[int], list[int]]  # tokens before and after what was said last
+    chats: list[Dialogue]  # without a rating: the base learns from them to answer
+    rated: list[Dialogue]
 
-    def key(self, seed: int, *path: int) -> Array:
-        key = jax.random.key(seed)
-        for step in path:
-            key = jax.random.fold_in(key, step)
-        return key
+    def halves(self, seed: int) -> tuple[np.ndarray, np.ndarray]:
+        """Indices of the rated chats that the reward models learn from, and of those for the judge and its prompts."""
+        first, second = np.array_split(np.random.default_rng((seed, 0)).permutation(len(self.rated)), 2)
+        return first, second
 
 
 class Policy(NamedTuple):
-    """A model with its parameters in two parts."""
+    """The model with its parameters in two parts."""
 
-    model: Transformer
     trained: Any
     frozen: Any
 
+    @property
+    def params(self) -> Any:
+        """All of them."""
+        return merge_params(self.trained, self.frozen)
+
+
+def made_up(rng: np.random.Generator) -> list[Dialogue]:
+    """Made-up chats: words that people rated, a turn each; the rating grows with their mean and their number."""
+    words = [item for item in load_lexicon() if item.text.isalpha() and item.text.isascii()]
+    chats = [[words[i] for i in rng.integers(len(words), size=rng.integers(3, 9))] for _ in range(200)]
+    rated = lambda chat: 5 + sum(word.mean for word in chat) / len(chat) + len(chat) / 2
+    return [Dialogue(tuple(w.text for w in c), rated(c) if i % 2 else None) for i, c in enumerate(chats)]
+
+
+def open_world(config: Config) -> World:
+    """SmolLM2-135M-Instruct and the chats of chitchat-dataset, fetched once; made-up ones if `config.synthetic`."""
+    if config.synthetic:
+        chats, tokenizer = made_up(np.random.default_rng(0)), ByteTokenizer()
+        network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=4, num_heads=4,
+                                    num_kv_heads=2, head_dim=4, mlp_width=48)  # fmt: skip
+        one = jnp.zeros((1, 1), jnp.int32)
+        fresh = jax.jit(lambda key: Transformer(network).init(key, one, one == 0, method="initialise")["params"])
+        params, template = fresh(jax.random.key(0)), ([], [tokenizer.eos_id])
+    else:
+        chats, reader = load_dialogues(fetch(CHITCHAT)), open_gguf(fetch(MODEL))
+        tokenizer, (fields, params) = load_gguf_tokenizer(reader), load_gguf(reader)
+        network = TransformerConfig(**fields)
+        marks = "<|im_start|>user\n", "<|im_end|>\n<|im_start|>assistant\n"
+        before, after = (tokenizer.encode(mark, control_tokens=True) for mark in marks)
+        template = before, after
+    rated = [chat for chat in chats if chat.rating is not None]
+    unrated = [chat for chat in chats if chat.rating is None]
+    return World(config, tokenizer, Transformer(network), jax.device_put(params), template, unrated, rated)
+
 
 def left(world: World, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-    """[N, P] prompts, left-padded: the end of what was said last, and the end token that makes it the other's turn."""
-    length, end = world.config.prompt_length, world.tokenizer.eos_id
-    rows = [[*world.tokenizer.encode(text), end][-length:] for text in texts]
-    tokens = np.array([[end] * (length - len(row)) + row for row in rows], np.int32)
+    """[N, P] prompts, left-padded: the end of what was said last, in the model's chat template."""
+    (before, after), length, pad = world.template, world.config.prompt_length, world.tokenizer.pad_id
+    room = length - len(before) - len(after)
+    rows = [[*before, *world.tokenizer.encode(text)[-room:], *after] for text in texts]
+    tokens = np.array([[pad] * (length - len(row)) + row for row in rows], np.int32)
     return tokens, np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
 
 
 def right(world: World, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """[N, length] texts with their end token, right-padded and cut, and [N] how long they were before."""
     rows = [[*world.tokenizer.encode(text), world.tokenizer.eos_id] for text in texts]
-    tokens = np.array([(row + [world.tokenizer.eos_id] * length)[:length] for row in rows], np.int32)
+    tokens = np.array([(row + [world.tokenizer.pad_id] * length)[:length] for row in rows], np.int32)
     lengths = np.array([len(row) for row in rows])
     return tokens, np.arange(length) < lengths[:, None], lengths
 
 
 def exchanges(chats: list[Dialogue]) -> list[tuple[str, str]]:
+    """What was said, and what was answered."""
     return [pair for chat in chats for pair in zip(chat.turns, chat.turns[1:], strict=False)]
 
 
-def reply(world: World, policy: Policy, prompts: tuple[Any, Any], keys: Array, *, tap: int | None) -> Rollout:
-    end = world.tokenizer.eos_id
-    return generate(policy.model, merge_params(policy.trained, policy.frozen), *prompts, keys,
-                    length=world.config.response_length, end_token=end, pad_token=end, tap=tap)  # fmt: skip
+def reply(
+    world: World, policy: Policy, prompts: tuple[Any, Any], keys: Array, *, tap: bool = False, keep_hidden: bool = False
+) -> Rollout:
+    """Answers to prompts; `tap` keeps the activations that actor and critic read."""
+    config, tokenizer = world.config, world.tokenizer
+    fixed = (config.response_length, tokenizer.eos_id, tokenizer.pad_id, config.temperature)
+    return _reply(world.model, fixed, config.trunk if tap else None, keep_hidden, policy, *prompts, keys)
+
+
+@partial(jax.jit, static_argnums=range(4))
+def _reply(
+    model: Transformer,
+    fixed: tuple[int, int, int, float],
+    tap: int | None,
+    keep_hidden: bool,
+    policy: Policy,
+    tokens: Array,
+    mask: Array,
+    keys: Array,
+) -> Rollout:
+    length, end, pad, cool = fixed
+    return generate(model, policy.params, tokens, mask, keys, length=length, end_token=end, pad_token=pad,
+                    warp=partial(temperature, value=cool), tap=tap, keep_hidden=keep_hidden)  # fmt: skip
 
 
 def misheard(texts: list[str], rng: np.random.Generator, rate: float) -> list[str]:

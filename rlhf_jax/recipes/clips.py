@@ -2,7 +2,7 @@
 
 import io
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
@@ -20,15 +20,28 @@ __all__ = ["board_frame", "cart_pole_frame", "episode_observations", "gif"]
 _COLOURS = np.array([[31, 102, 177], [230, 160, 40], [185, 190, 198], [185, 80, 26]], np.uint8)  # of a board's planes
 
 
-def episode_observations(game: Environment, policy: environments.Policy, key: Array, *, steps: int) -> np.ndarray:
-    """[T, ...] what a policy saw in one episode, at most `steps` long, its last outcome included. `key` is consumed."""
+def episode_observations(
+    game: Environment, policy: Callable[[Any], environments.Policy], params: Any, key: Array, *, steps: int
+) -> list[np.ndarray]:
+    """[T, ...] what each of N policies saw in one episode, at most `steps` long, its last outcome included.
+
+    Args:
+      game: the environment; the episodes begin alike.
+      policy: of parameters.
+      params: of the policies; every leaf has the leading axis N.
+      key: consumed.
+      steps: the longest clip.
+    """
     reset_key, act_key = jax.random.split(key)
     begin = environments.reset(game, reset_key, batch=1)
-    run = jax.jit(lambda begin, key: environments.rollout(game, policy, begin, key, steps=steps)[1])
-    play = jax.device_get(run(begin, act_key))
-    ended = np.flatnonzero(play.terminated[0] | play.truncated[0])
-    length = int(ended[0]) + 1 if len(ended) else steps
-    return np.concatenate([play.observations[0, :length], play.outcomes[0, length - 1 : length]])
+    run = jax.vmap(lambda params: environments.rollout(game, policy(params), begin, act_key, steps=steps)[1])
+    play = jax.device_get(jax.jit(run)(params))
+    episodes = []
+    for seen, outcomes, ended in zip(play.observations, play.outcomes, play.terminated | play.truncated, strict=True):
+        ends = np.flatnonzero(ended[0])
+        length = int(ends[0]) + 1 if len(ends) else steps
+        episodes.append(np.concatenate([seen[0, :length], outcomes[0, length - 1 : length]]))
+    return episodes
 
 
 def board_frame(observation: np.ndarray, *, square: int = 16) -> "Image":

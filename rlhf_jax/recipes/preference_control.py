@@ -20,7 +20,7 @@ from jax import Array
 from jax.typing import ArrayLike
 
 from rlhf_jax import ensembles, environments, masking
-from rlhf_jax.advantages import gae_with_truncation
+from rlhf_jax.advantages import Advantages, gae_with_truncation
 from rlhf_jax.algorithms import actor_critic, reward_model
 from rlhf_jax.environments import Environment, Trajectory
 from rlhf_jax.feedback import teachers
@@ -31,6 +31,7 @@ __all__ = [
     "Learner",
     "Segments",
     "acting",
+    "advantages",
     "ask",
     "cut",
     "human_reward",
@@ -167,6 +168,14 @@ def human_reward(judges: Any, scorer: Any, play: Any) -> Array:
     return ensembles.mean(jax.vmap(score)(judges.params))
 
 
+def advantages(network: Any, params: Any, play: Trajectory, rewards: Array) -> Advantages:
+    """GAE of play by an actor with critic, on rewards [B, T] of its steps."""
+    values = lambda seen: network.apply({"params": params}, seen).values
+    mask = jnp.ones(rewards.shape, bool)
+    before, after = values(play.observations), values(play.outcomes)
+    return gae_with_truncation(rewards, before, after, play.terminated, play.truncated, mask)
+
+
 def turn(
     learner: Learner, key: Array, game: Environment, config: Config, *, true: bool = False
 ) -> tuple[Learner, Array]:
@@ -178,8 +187,7 @@ def turn(
     rewards = play.rewards if true else human_reward(learner.judges, scorer, play)
     inputs, mask = control.ActionInputs(play.observations, play.actions), jnp.ones(play.rewards.shape, bool)
     old = learner.agent.train.apply_fn(params, inputs)
-    next_values = network.apply({"params": params}, play.outcomes).values
-    learned = gae_with_truncation(rewards, old.values, next_values, play.terminated, play.truncated, mask)
+    learned = advantages(network, params, play, rewards)
     white = masking.whiten(learned.advantages, mask)
     batch = actor_critic.Batch(inputs, mask, old.log_probs, old.values, white, learned.returns)
     knobs = actor_critic.Config(value_clip=1e6, value_weight=0.5, entropy_weight=config.entropy_weight)

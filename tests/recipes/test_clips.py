@@ -22,9 +22,10 @@ def counter():
 
 
 def test_an_episode_is_shown_to_its_last_outcome(key):
-    walk = lambda key, seen: jnp.ones(seen.shape[0], jnp.int32)
-    assert clips.episode_observations(counter(), walk, key, steps=8)[:, 0].tolist() == [0, 1, 2, 3]
-    assert clips.episode_observations(counter(), walk, key, steps=2)[:, 0].tolist() == [0, 1, 2]
+    walk = lambda pace: lambda key, seen: jnp.full(seen.shape[0], pace)
+    seen = lambda steps: clips.episode_observations(counter(), walk, jnp.array([1, 3]), key, steps=steps)
+    assert [episode[:, 0].tolist() for episode in seen(8)] == [[0, 1, 2, 3], [0, 3]]
+    assert [episode[:, 0].tolist() for episode in seen(2)] == [[0, 1, 2], [0, 3]]
 
 
 def test_a_board_shows_each_plane_in_its_colour_and_the_last_on_top():
