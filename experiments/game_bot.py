@@ -194,6 +194,8 @@ def report(folder: RunFolder, tag: str, found: dict[str, dict[str, Any]], config
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/game_bot", smoke=SMOKE, arguments=arguments)
+    if smoke:  # compiling is most of it
+        jax.config.update("jax_disable_most_optimizations", True)
     changed = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
     parts, tag = config.games.split(","), "seeds_" + "_".join(map(str, seeds))
     if unknown := [name for name in parts if name not in PARTS]:

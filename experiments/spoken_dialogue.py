@@ -187,6 +187,8 @@ def speak(folder: RunFolder, rows: list[dict[str, str]], count: int) -> str:
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/spoken_dialogue", smoke=SMOKE, arguments=arguments)
+    if smoke:  # compiling is most of it
+        jax.config.update("jax_disable_most_optimizations", True)
     data = {"smoke": smoke, "data": CHITCHAT.member_sha256, "model": MODEL.member_sha256}
     with open_run(out, data | dataclasses.asdict(config)) as folder:
         world = open_world(config)

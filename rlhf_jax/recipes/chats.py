@@ -44,13 +44,13 @@ class Config:
     batch: int = 24
     minibatches: int = 4
     actor_rate: float = 1e-4
-    kl_coefficient: float = 0.05
+    kl_coefficient: float = 0.3
     teacher_samples: int = 96
     student_steps: int = 12
     student_batch: int = 16
     student_rate: float = 2e-4
     human_beta: float = 0.3  # in standard deviations of the base's replies
-    eval_prompts: int = 48
+    eval_prompts: int = 64
     noise: float = 0.15  # of the words of misheard prompts
     speak: int = 4  # exchanges of the first seed that espeak-ng speaks, if it is there
 
@@ -96,7 +96,7 @@ def open_world(config: Config) -> World:
     """SmolLM2-135M-Instruct and the chats of chitchat-dataset, fetched once; made-up ones if `config.synthetic`."""
     if config.synthetic:
         chats, tokenizer = made_up(np.random.default_rng(0)), ByteTokenizer()
-        network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=4, num_heads=4,
+        network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=3, num_heads=4,
                                     num_kv_heads=2, head_dim=4, mlp_width=48)  # fmt: skip
         one = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(lambda key: Transformer(network).init(key, one, one == 0, method="initialise")["params"])
