@@ -14,10 +14,13 @@ from rlhf_jax.testing import enumerable  # noqa: E402
 
 HEAD = """# Exact probes
 
-Problems so small that the answer is known: nine sequences of two tokens, or a decision process of three states. Every
-algorithm is run to the end, and the table says how far from the exact answer it stopped. Expectations are sums over all
-sequences except where groups of samples belong to the algorithm; there 256 groups of four are drawn in every step. The
-test suite runs the same problems and fails above the tolerance. This page is written by `python docs/probes.py`.
+Problems so small that the answer is known: nine sequences of two tokens, a few answers of one, or a decision process of
+three states. Every algorithm is run to the end, and the table says how far from the exact answer it stopped.
+Expectations are sums over all sequences, trajectories or groups; only where it says "sampled groups", 256 groups are
+drawn in every step. An answer without a closed form is found in float64 apart from the library: on a grid, by
+bisection or by a root finder. The test suite runs the same problems and fails above the tolerance, and also if a public
+function of losses, advantages, KL or constraints has neither a row here nor a reason. This page is written by
+`python docs/probes.py`.
 
 The policy starts at the reference. Its total variation distance from π_ref exp(r/β) / Z is {start:.3f}, from
 π_T exp(r/β) / Z it is {human:.3f}.
@@ -29,7 +32,9 @@ TAIL = """
 These optimise something else, and their distance from the optimum of the regularised reward is real. With the KL in the
 reward, dividing by the group's spread does no harm: at the optimum the shaped rewards are all equal. With the KL in the
 loss, the spread rescales the reward against it. Smoothing labels that are clean shrinks margins, IPO regresses on win
-rates, and plain distillation does not know the reward.
+rates, and plain distillation does not know the reward. DiscoPOP at its published τ = 0.05 rises at a margin of 0: from
+there it makes the winner less likely on average, and rests in the wrong one of two minima. Training for one try does
+not train for two, and a sum of rewards is ruled by the one of large scale.
 
 | algorithm | total variation |
 | --- | --- |

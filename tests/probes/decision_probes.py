@@ -1,6 +1,7 @@
 # ruff: noqa: RUF001  (Greek letters in answers are meant)
 """Critics and actors on a decision process whose values are known by linear algebra."""
 
+import functools
 from collections.abc import Callable
 
 import jax
@@ -76,9 +77,9 @@ def expected_sarsa_probe():
     return action_value_error(loss, POLICY_ACTION_VALUES)
 
 
-@probe(CRITICS, "ILQL, expectile 0.8", "V = the expectile of Q", ERROR, 0.02)
-def ilql_probe():
-    """Q and V of the behaviour's steps; the fixed point is found by iterating both in float64."""
+@functools.cache
+def ilql() -> tuple[tuple[jax.Array, jax.Array], tuple[np.ndarray, np.ndarray]]:
+    """Q and V of the behaviour's steps, and the fixed point, found by iterating both in float64."""
     expectile = 0.8
 
     def population(params, old, key, step):
@@ -88,14 +89,27 @@ def ilql_probe():
         )
         return jnp.sum(BEHAVIOUR[S, A] * CHANCE * (terms.q + terms.value))
 
-    q, values = minimise(population, (jnp.zeros((STATES, ACTIONS)), jnp.zeros(STATES)), steps=3000)
+    found = minimise(population, (jnp.zeros((STATES, ACTIONS)), jnp.zeros(STATES)), steps=3000)
     transitions, rewards = (np.asarray(x, np.float64) for x in (MDP.transitions, MDP.rewards))
     exact = np.zeros(STATES)
     for _ in range(300):
         targets = rewards + DISCOUNT * transitions @ exact
         weights = np.where(targets > exact[:, None], expectile, 1 - expectile)
         exact = (weights * targets).sum(-1) / weights.sum(-1)
-    return jnp.maximum(jnp.max(jnp.abs(values - exact)), jnp.max(jnp.abs(q - targets)))
+    return found, (targets, exact)
+
+
+@probe(CRITICS, "ILQL, expectile 0.8", "V = the expectile of Q", ERROR, 0.02)
+def ilql_probe():
+    return jnp.max(jnp.stack([jnp.max(jnp.abs(x - exact)) for x, exact in zip(*ilql(), strict=True)]))
+
+
+@probe(CRITICS, "ILQL's policy, β = 2", "π_b exp(β Q) / Z", "largest error of a probability", 0.02)
+def ilql_policy_probe():
+    found, (targets, _) = ilql()
+    policy_ = jax.nn.softmax(offline_q_learning.ilql_logits(jnp.log(BEHAVIOUR), *found, beta=2.0))
+    weight = np.asarray(BEHAVIOUR) * np.exp(2.0 * targets)
+    return jnp.max(jnp.abs(policy_ - weight / weight.sum(-1, keepdims=True)))
 
 
 RETURNS = jnp.asarray(RNG.normal(size=5), jnp.float32)

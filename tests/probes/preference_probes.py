@@ -204,7 +204,7 @@ for name, (_, answer, optimum) in MORE.items():
 @probe(PAIRS, "Nash-MD", "its own best response, π_ref exp(P(y ≻ π_mix)/β) / Z", TV, 5e-3)
 def nash_md_probe():
     def opponent(log_p):
-        mixed = jax.nn.log_softmax(0.5 * log_p + 0.5 * LOG_REFERENCE)
+        mixed = online_preference.geometric_mixture(log_p, LOG_REFERENCE)
         return jnp.sum(WINS.reshape(N, N) * jnp.exp(mixed)[None], axis=-1)
 
     def population(table, old, key, step):
@@ -271,6 +271,16 @@ MARGINS = {
     ),
     "IPO, one pair": (lambda *x: preference.ipo_sum(*x, beta=BETA), lambda p: (2 * p - 1) / (2 * BETA), "(2p-1)/2β"),
     "hinge (SLiC)": (lambda *x: preference.hinge(*x, beta=BETA), lambda p: jnp.sign(p - 0.5) / BETA, "±1/β"),
+    "CPO with a hinge": (
+        lambda *x: reference_free_preference.cpo_hinge(*x, beta=BETA),
+        lambda p: jnp.sign(p - 0.5) / BETA,
+        "±1/β",
+    ),
+    "IPO per token, answers of two tokens": (
+        lambda *x: preference.ipo_mean(*x, jnp.full(3, 2), jnp.full(3, 2), beta=BETA),
+        lambda p: (2 * p - 1) / BETA,
+        "2 (2p-1)/2β",
+    ),
     "EXO": (
         lambda *x: preference.exo(*x, beta=BETA, label_smoothing=0.1),
         lambda p: (2 * p - 1) * jax.scipy.special.logit(0.9) / BETA,

@@ -12,6 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import scipy.optimize
 
 from rlhf_jax import rewards
 from rlhf_jax.testing import enumerable
@@ -95,13 +96,23 @@ def minimise(
     return run(params)
 
 
-def minimise_all(losses: dict[str, Callable[..., jax.Array]], start: Any, **options: Any) -> dict[str, Any]:
-    """Each loss from the same start, all in one program: Adam treats every number by itself."""
+def minimise_all(
+    losses: dict[str, Callable[..., jax.Array]], start: Any, starts: dict[str, Any] | None = None, **options: Any
+) -> dict[str, Any]:
+    """Each loss from the same start, or its own, all in one program: Adam treats every number by itself."""
 
     def total(params: dict[str, Any], old: dict[str, Any], key: jax.Array, step: jax.Array) -> jax.Array:
         return sum((loss(params[name], old[name], key, step) for name, loss in losses.items()), jnp.zeros(()))
 
-    return minimise(total, dict.fromkeys(losses, start), **options)
+    return minimise(total, dict.fromkeys(losses, start) | (starts or {}), **options)
+
+
+def root(residual: Callable[[np.ndarray], np.ndarray], start: np.ndarray) -> np.ndarray:
+    """Where a function of float64 numbers is 0, apart from the library: it fails if none is found."""
+    found = scipy.optimize.root(residual, np.asarray(start, np.float64), tol=1e-13)
+    if np.max(np.abs(found.fun)) > 1e-10:
+        raise ArithmeticError(f"no root found: {found.message}")
+    return found.x
 
 
 def shaped(old: jax.Array) -> jax.Array:

@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from preference_probes import FIRST, SECOND, WINS
 from problem import (
     BETA,
@@ -21,6 +22,7 @@ from problem import (
     R,
     minimise,
     probe,
+    root,
     tokens,
     whole,
 )
@@ -129,6 +131,25 @@ def scores_error(loss: Callable[[jax.Array], jax.Array]) -> jax.Array:
 @probe(MODELS, "Bradley-Terry", "r up to a constant", "largest error", 0.01)
 def bradley_terry_probe():
     return scores_error(lambda s: jnp.mean(WINS * reward_model.bradley_terry(s[FIRST], s[SECOND])))
+
+
+@probe(MODELS, "Bradley-Terry with centring", "where both gradients cancel, in float64", "largest error", 0.01)
+def centring_probe():
+    """Both answers of a pair have the same mean, so the term fixes the constant, and pulls extreme scores a little."""
+    weight = 0.1
+    loss = lambda s: (
+        reward_model.bradley_terry(s[FIRST], s[SECOND]) + weight * reward_model.centring(s[FIRST], s[SECOND])
+    )
+    wins, first, second = (np.asarray(x) for x in (WINS, FIRST, SECOND))
+
+    def gradient(s: np.ndarray) -> np.ndarray:
+        push = -wins / (1 + np.exp(s[first] - s[second]))
+        pull = 2 * weight * wins * (s[first] + s[second])
+        total = np.bincount(first, push + pull, minlength=N) + np.bincount(second, pull - push, minlength=N)
+        return total / len(first)
+
+    found = minimise(lambda s, *_: jnp.mean(WINS * loss(s)), jnp.zeros(N))
+    return jnp.max(jnp.abs(found - root(gradient, np.zeros(N))))
 
 
 @probe(MODELS, "soft Bradley-Terry", "r up to a constant", "largest error", 0.01)

@@ -13,6 +13,7 @@ import numpy as np
 from problem import BETA, TV, minimise_all, probe
 
 from rlhf_jax.losses import (
+    anchored_preference,
     distributional_preference,
     online_preference,
     preference,
@@ -20,6 +21,7 @@ from rlhf_jax.losses import (
 )
 
 CHANCES = np.array([0.6, 0.9])  # that the first answer is preferred
+SURER = np.array([0.7, 0.9])
 REFERENCE = np.log(np.array([0.4, 0.6]))
 BATCH = 10  # pairs, where the loss belongs to a batch
 
@@ -52,14 +54,26 @@ SIGMOID = lambda x: np.exp(LOG_SIGMOID(x))
 LOG_ODDS = lambda x: x - np.log(-np.expm1(x))
 
 
-def discopop(x: Answers) -> jax.Array:
+def discopop(x: Answers, tau: float) -> jax.Array:
     z = BETA * (x.ratios()[0] - x.ratios()[1])
-    return SIGMOID(-z) * -LOG_SIGMOID(z) + SIGMOID(z) * np.exp(-z)
+    return SIGMOID(-z / tau) * -LOG_SIGMOID(z) + SIGMOID(z / tau) * np.exp(-z)
+
+
+def apo_down(x: Answers) -> jax.Array:
+    won, lost = (2.0 * ratio for ratio in x.ratios())
+    return SIGMOID(won) + SIGMOID(lost - won)
+
+
+DISCOVERED, DOWN = "DiscoPOP, τ = 0.05, started at a margin of 2", "APO-down, β = 2"
+TRAPPED = "DiscoPOP, τ = 0.05, started at the reference"
 
 
 SHAPED = lambda x: 4 * (1 - np.exp(-0.25 * x))
 PAIRS = {
-    "DiscoPOP": (lambda x: preference.discopop(*x.ratios(), beta=BETA, tau=1.0), discopop),
+    "DiscoPOP": (lambda x: preference.discopop(*x.ratios(), beta=BETA, tau=1.0), lambda x: discopop(x, 1.0)),
+    DISCOVERED: (lambda x: preference.discopop(*x.ratios(), beta=BETA), lambda x: discopop(x, 0.05)),
+    TRAPPED: (lambda x: preference.discopop(*x.ratios(), beta=BETA), lambda x: discopop(x, 0.05)),
+    DOWN: (lambda x: anchored_preference.apo_down(*x.ratios(), beta=2.0), apo_down),
     "SimPO": (
         lambda x: reference_free_preference.simpo(x.won, x.lost, ONE, ONE, beta=1.0, gamma=0.3),
         lambda x: -LOG_SIGMOID(x.won - x.lost - 0.3),
@@ -108,6 +122,14 @@ def written(name: str, first: np.ndarray, second: np.ndarray, chance: float) -> 
     return aot_written(first, second, chance) if name == "AOT" else average(PAIRS[name][1], first, second, chance)
 
 
+def chances(name: str) -> np.ndarray:
+    """APO-down leaves a first answer that wins little more than half the time for the second, which costs less."""
+    return SURER if name == DOWN else CHANCES
+
+
+START = jnp.full(len(CHANCES), float(REFERENCE[0] - REFERENCE[1]))  # a margin of 0
+
+
 @functools.cache
 def trained() -> dict[str, jax.Array]:
     """[2] logits of the first answer, for each chance."""
@@ -115,7 +137,7 @@ def trained() -> dict[str, jax.Array]:
     def population(name):
         def objective(logits, *_):
             total = jnp.zeros(())
-            for logit, chance in zip(logits, CHANCES, strict=True):
+            for logit, chance in zip(logits, chances(name), strict=True):
                 first, second = jax.nn.log_sigmoid(logit)[None], jax.nn.log_sigmoid(-logit)[None]
                 if name == "AOT":
                     total += aot((first - second)[0], chance)
@@ -125,8 +147,8 @@ def trained() -> dict[str, jax.Array]:
 
         return objective
 
-    start = jnp.full(len(CHANCES), float(REFERENCE[0] - REFERENCE[1]))
-    return minimise_all({name: population(name) for name in [*PAIRS, "AOT"]}, start)
+    names = [*PAIRS, "AOT"]
+    return minimise_all({name: population(name) for name in names}, START, {DISCOVERED: START + 2.0})
 
 
 GRID = np.linspace(-12.0, 12.0, 48_001)
@@ -135,13 +157,13 @@ GRID = np.linspace(-12.0, 12.0, 48_001)
 def distance(name: str) -> jax.Array:
     """Largest distance of a policy from the best one of the grid."""
     worst = 0.0
-    for logit, chance in zip(trained()[name], CHANCES, strict=True):
+    for logit, chance in zip(trained()[name], chances(name), strict=True):
         best = GRID[np.argmin(written(name, LOG_SIGMOID(GRID), LOG_SIGMOID(-GRID), chance))]
         worst = max(worst, abs(float(SIGMOID(float(logit)) - SIGMOID(best))))
     return jnp.asarray(worst)
 
 
-for name in [*PAIRS, "AOT"]:
+for name in [name for name in [*PAIRS, "AOT"] if name != TRAPPED]:
     probe("two answers, the first preferred with chance p", name, "minimum of the objective on a grid", TV, 2e-3)(
         functools.partial(distance, name)
     )
