@@ -157,6 +157,7 @@ def entropy(logits: Array, *, temperature: ArrayLike = 1.0) -> Array:
       temperature: τ, divides the logits.
     Returns:
       [...] between 0 and log V; log V for equal logits.
+    Reference: Shannon 1948, https://doi.org/10.1002/j.1538-7305.1948.tb01338.x
 
     >>> round(float(entropy(jnp.zeros(4))), 4)
     1.3863
@@ -175,6 +176,7 @@ def sum_of_squared_probs(logits: Array, *, temperature: ArrayLike = 1.0) -> Arra
       temperature: τ, divides the logits.
     Returns:
       [...] between 1 / V and 1; 1 / V for equal logits.
+    Reference: Simpson 1949, https://doi.org/10.1038/163688a0
 
     >>> float(sum_of_squared_probs(jnp.zeros(4)))
     0.25

@@ -121,6 +121,7 @@ def centre_and_scale(rewards: Array, moments: Moments, *, ddof: ArrayLike = 0, e
     Returns:
       [...] rewards without a unit.
     Raises: TypeError for integer rewards.
+    Reference: Zheng et al. 2023, https://arxiv.org/abs/2307.04964
 
     >>> seen = masking.update_moments(masking.init_moments(), jnp.array([1.0, 5.0]), jnp.array([True, True]))
     >>> [round(r, 3) for r in centre_and_scale(jnp.array([1.0, 7.0]), seen).tolist()]
@@ -142,6 +143,7 @@ def scale_only(rewards: Array, moments: Moments, *, ddof: ArrayLike = 0, epsilon
     Returns:
       [...] rewards without a unit.
     Raises: TypeError for integer rewards.
+    Reference: Engstrom et al. 2020, https://arxiv.org/abs/2005.12729, by the spread of discounted sums
 
     >>> seen = masking.update_moments(masking.init_moments(), jnp.array([1.0, 5.0]), jnp.array([True, True]))
     >>> [round(r, 3) for r in scale_only(jnp.array([1.0, -4.0]), seen).tolist()]

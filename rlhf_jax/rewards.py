@@ -293,6 +293,7 @@ def clip_rewards(rewards: Array, *, low: ArrayLike = -10.0, high: ArrayLike = 10
     Returns:
       [...] rewards in [low, high].
     Raises: TypeError for integer rewards.
+    Reference: Zheng et al. 2023, https://arxiv.org/abs/2307.04964
 
     >>> clip_rewards(jnp.array([-50.0, 3.0])).tolist()
     [-10.0, 3.0]

@@ -123,6 +123,7 @@ def head_log_probs(
       [...] float32 log-probs (float64 for float64 inputs).
     Raises:
       ValueError: for a table, tokens, axis or chunk that does not fit. TypeError: for tokens that are not integers.
+    Reference: Wijmans et al. 2024, https://arxiv.org/abs/2411.09009, for a cross-entropy that never holds all logits
 
     >>> hidden, table = jnp.array([1.0, 0.0]), jnp.array([[2.0, 5.0], [0.0, 5.0], [1.0, 5.0]])
     >>> round(float(head_log_probs(hidden, table, jnp.array(0))), 4)
@@ -225,6 +226,7 @@ def head_statistics(
       HeadStatistics of [...] arrays.
     Raises:
       ValueError: for a table, tokens, axis or chunk that does not fit. TypeError: for tokens that are not integers.
+    Reference: as `head_log_probs`; the running sums, Milakov and Gimelshein 2018, https://arxiv.org/abs/1805.02867
 
     >>> statistics = head_statistics(jnp.zeros(2), jnp.ones((4, 2)), jnp.array(3))
     >>> [round(float(x), 4) for x in statistics]

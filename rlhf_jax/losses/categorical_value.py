@@ -115,6 +115,7 @@ def mean(logits: Array, support: Array) -> Array:
     Returns:
       [...] value. The mean of `two_hot(v)` is v.
     Raises: ValueError if logits and support differ in N, TypeError for integer inputs (at trace time).
+    Reference: Bellemare et al. 2017, algorithm 1, https://arxiv.org/abs/1707.06887
 
     >>> float(mean(jnp.zeros(3), jnp.array([0.0, 1.0, 5.0])))
     2.0

@@ -88,6 +88,7 @@ def human_reweighted_cross_entropy(
       [...] loss, at least the entropy of π*, reached at π_S = π*.
     Raises:
       TypeError: rewards are not floating. AssertionError: shapes differ.
+    Reference: Korbak et al. 2022, https://arxiv.org/abs/2205.11275, for the target
 
     >>> arguments = jnp.zeros(2), jnp.zeros(2), jnp.array([1.0, 0.0])
     >>> round(float(human_reweighted_cross_entropy(*arguments, beta=1.0)), 4)
@@ -111,6 +112,8 @@ def human_weights(rewards: Array, mask: Array, *, beta: ArrayLike, axis_name: st
       [...] weights >= 0, at most the number of rated sequences.
     Raises:
       TypeError: rewards are not floating, or the mask is not bool.
+    Reference: Korbak et al. 2022, https://arxiv.org/abs/2205.11275; the exponential weight, Peng et al. 2019,
+      https://arxiv.org/abs/1910.00177
 
     >>> [round(w, 4) for w in human_weights(jnp.array([1.0, 0.0]), jnp.array([True, True]), beta=1.0).tolist()]
     [1.4621, 0.5379]

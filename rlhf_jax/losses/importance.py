@@ -153,6 +153,7 @@ def sequence_mean_mask(
     Returns:
       [...] bool; use it to narrow the mask, `mask & kept[..., None]`.
     Raises: TypeError for integer inputs or a mask that is not bool, AssertionError if shapes differ (at trace time).
+    Reference: Zheng et al. 2025 (GSPO), section 4.1, for the ratio, https://arxiv.org/abs/2507.18071
 
     >>> trainer, sampler = jnp.log(jnp.array([[0.5, 0.5]])), jnp.log(jnp.array([[1.0, 0.8]]))
     >>> sequence_mean_mask(trainer, sampler, jnp.array([[True, True]]), low=0.5, high=2.0).tolist()

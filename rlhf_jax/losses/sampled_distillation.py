@@ -64,6 +64,8 @@ def sampled_reverse_kl(log_probs: Array, teacher_log_probs: Array) -> Array:
       teacher_log_probs: [..., T] log P of the same, stopped.
     Returns:
       [..., T] estimate per token, in nats; single values may be negative.
+    Reference: Agarwal et al. 2024, https://arxiv.org/abs/2306.13649; the gradient, Schulman 2020,
+      http://joschu.net/blog/kl-approx.html
 
     >>> float(sampled_reverse_kl(jnp.array(-1.0), jnp.array(-3.0)))
     2.0

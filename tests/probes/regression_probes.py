@@ -10,6 +10,7 @@ import numpy as np
 from preference_probes import FIRST, SECOND, WINS
 from problem import (
     BETA,
+    ERROR,
     LOG_REFERENCE,
     OPTIMUM,
     REFERENCE,
@@ -133,23 +134,22 @@ def bradley_terry_probe():
     return scores_error(lambda s: jnp.mean(WINS * reward_model.bradley_terry(s[FIRST], s[SECOND])))
 
 
-@probe(MODELS, "Bradley-Terry with centring", "where both gradients cancel, in float64", "largest error", 0.01)
+@probe(MODELS, "Bradley-Terry with centring, samples of π_ref", "where both gradients cancel, in float64", ERROR, 1e-3)
 def centring_probe():
-    """Both answers of a pair have the same mean, so the term fixes the constant, and pulls extreme scores a little."""
-    weight = 0.1
-    loss = lambda s: (
-        reward_model.bradley_terry(s[FIRST], s[SECOND]) + weight * reward_model.centring(s[FIRST], s[SECOND])
-    )
-    wins, first, second = (np.asarray(x) for x in (WINS, FIRST, SECOND))
+    """The term fixes the constant, which starts elsewhere, and pulls a little at answers that are often compared."""
+    strength, weight = 0.1, jnp.exp(LOG_REFERENCE[FIRST] + LOG_REFERENCE[SECOND]) * WINS
+    often, first, second = (np.asarray(x) for x in (weight, FIRST, SECOND))
+
+    def population(s, *_):
+        pair = s[FIRST], s[SECOND]
+        return jnp.sum(weight * (reward_model.bradley_terry(*pair) + strength * reward_model.centring(*pair)))
 
     def gradient(s: np.ndarray) -> np.ndarray:
-        push = -wins / (1 + np.exp(s[first] - s[second]))
-        pull = 2 * weight * wins * (s[first] + s[second])
-        total = np.bincount(first, push + pull, minlength=N) + np.bincount(second, pull - push, minlength=N)
-        return total / len(first)
+        push = -often / (1 + np.exp(s[first] - s[second]))
+        pull = 2 * strength * often * (s[first] + s[second])
+        return np.bincount(first, push + pull, minlength=N) + np.bincount(second, pull - push, minlength=N)
 
-    found = minimise(lambda s, *_: jnp.mean(WINS * loss(s)), jnp.zeros(N))
-    return jnp.max(jnp.abs(found - root(gradient, np.zeros(N))))
+    return jnp.max(jnp.abs(minimise(population, jnp.ones(N)) - root(gradient, np.zeros(N))))
 
 
 @probe(MODELS, "soft Bradley-Terry", "r up to a constant", "largest error", 0.01)
