@@ -7,16 +7,20 @@ A run is ``run(key, kl_coefficient, learning_rate)``; all settings together are
 
     runs = jax.vmap(run)(keys, kl_coefficients, learning_rates)
 
-and compile once. The script measures what eight runs cost beside one. Nobody took part: the reward is scripted.
+and compile once; several devices take an equal share each. The script measures what eight runs cost beside one. Nobody
+took part: the reward is scripted.
 
 Expected table. A weaker pull (smaller coefficient) and a larger learning rate reach more reward at more KL.
 
     python experiments/many_runs.py [--turns 200] [--out runs/many_runs.json] [--smoke]
+
+A CPU counts as one device; XLA_FLAGS="--xla_force_host_platform_device_count=2" makes two of it.
 """
 
 import argparse
 import functools
 import json
+import math
 import statistics
 import time
 from pathlib import Path
@@ -26,6 +30,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
+from jax.sharding import PartitionSpec
 
 from rlhf_jax.algorithms import group
 from rlhf_jax.generation.sampler import generate
@@ -97,7 +102,11 @@ def main(arguments: list[str] | None = None) -> None:
     settings = [(s, k, r) for s in SEEDS for k in KL_COEFFICIENTS for r in LEARNING_RATES]
     seeds, coefficients, rates = (jnp.asarray(column) for column in zip(*settings, strict=True))
     single = functools.partial(run, turns=turns)
-    together, alone = jax.jit(jax.vmap(single)), jax.jit(single)
+    devices = math.gcd(len(settings), jax.device_count())
+    mesh = jax.sharding.Mesh(jax.devices()[:devices], ("runs",))
+    share = PartitionSpec("runs")
+    split = jax.shard_map(jax.vmap(single), mesh=mesh, in_specs=share, out_specs=share, check_vma=False)
+    together, alone = jax.jit(split), jax.jit(single)
     many = jax.vmap(jax.random.key)(seeds), coefficients, rates
     curves = jax.device_get(together(*many))
     first = jax.device_get(alone(*(x[0] for x in many)))
@@ -105,12 +114,20 @@ def main(arguments: list[str] | None = None) -> None:
     names = ("seed", "kl_coefficient", "learning_rate", "reward", "kl")
     rows = [dict(zip(names, (*setting, *end), strict=True)) for setting, *end in zip(settings, *ends, strict=True)]
     one_s, all_s = seconds(alone, *(x[0] for x in many)), seconds(together, *many)
-    times = {"turns": turns, "runs": len(settings), "one_s": one_s, "all_s": all_s, "ratio": all_s / one_s}
+    times = {
+        "turns": turns,
+        "runs": len(settings),
+        "devices": devices,
+        "one_s": one_s,
+        "all_s": all_s,
+        "ratio": all_s / one_s,
+    }
     times |= {"largest_difference": float(abs(curves.reward[0] - first.reward).max())}
     print("seed  KL coefficient  learning rate  reward  KL (nats per answer)")
     for row in rows:
         print("{seed:4}  {kl_coefficient:14}  {learning_rate:13}  {reward:6.3f}  {kl:.3f}".format(**row))
-    print("{runs} runs of {turns} turns: {all_s:.3f} s, one run: {one_s:.3f} s, ratio {ratio:.2f}".format(**times))
+    told = "{runs} runs of {turns} turns on {devices} device(s): {all_s:.3f} s, one: {one_s:.3f} s, ratio {ratio:.2f}"
+    print(told.format(**times))
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps({"times": times, "runs": rows, "smoke": args.smoke, "feedback": "scripted"}))
