@@ -15,8 +15,8 @@ left at the default rating count as not rated. People rated whole chats, mostly 
 as its accuracy on held-out chats of equal length says, which the table shows first: **nothing here shows that a reward
 model learnt wit.** A higher score means more like replies in chats that were rated higher.
 
-Expected curve. On the reward as collected replies grow, towards the limit of 40 tokens, with the reward: length
-hacking. With length removed they stay about as long as the base's.
+Expected curve. On the reward as collected replies grow from 19 tokens to 38 of 40 with the reward, while the judge's
+score stays where it was: length hacking. With length removed no seed grows; replies shrink a little, to 15 or 16.
 
     python experiments/spoken_dialogue.py --out runs/spoken_dialogue --seeds 0,1,2 [--smoke]
 """
