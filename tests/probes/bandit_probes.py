@@ -107,14 +107,14 @@ def worlds() -> list[tuple[np.ndarray, float]]:
     ]
 
 
-@probe(LABELS, "Advise", "P(action is good), given labels: Bayes over all worlds", "largest error", 1e-6)
+@probe(LABELS, "Advise", "P(action is good), given labels: Bayes over all worlds", "largest error", 1e-5)
 def advise_probe():
     exact = sum(chance * good for good, chance in worlds()) / sum(chance for _, chance in worlds())
     advice = feedback.advise_log_probs(jnp.asarray(RIGHTS - WRONGS, jnp.float32), consistency=CONSISTENCY)
     return jnp.max(jnp.abs(jnp.exp(advice) - exact))
 
 
-@probe(LABELS, "policy shaping", "P(action), given that it is good and labels: Bayes over all worlds", TV, 1e-6)
+@probe(LABELS, "policy shaping", "P(action), given that it is good and labels: Bayes over all worlds", TV, 1e-5)
 def policy_shaping_probe():
     joint = sum(chance * good * ACTOR for good, chance in worlds())
     labels = jnp.asarray(RIGHTS - WRONGS, jnp.float32)
