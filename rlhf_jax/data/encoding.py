@@ -139,10 +139,10 @@ def check_rows(rows: Sequence[EncodedRow], tokenizer: Tokenizer, *, length: int,
       length: slots of a row.
       names: what to call the rows, for instance file and line; by default their numbers.
     """
-    if tokenizer.pad_id == tokenizer.eos_id:
-        raise UserError(f"padding and the end token are both {tokenizer.pad_id}; pad with another token")
     for index, (tokens, targets) in enumerate(rows):
         name = names[index] if names else f"row {index}"
+        if tokenizer.pad_id == tokenizer.eos_id:
+            raise UserError(f"{name}: padding and the end token are both {tokenizer.pad_id}; pad with another token")
         if len(tokens) > length:
             kept = sum(targets[1:length])
             raise UserError(

@@ -106,5 +106,5 @@ def test_silent_mistakes_name_their_row(row, message):
     sound = EncodedRow([5, 6], [False, True])
     with pytest.raises(UserError, match=message):
         check_rows([sound, row], ByteTokenizer(), length=4, names=["data:0", "data:1"])
-    with pytest.raises(UserError, match="padding and the end token are both 258"):
+    with pytest.raises(UserError, match="row 0: padding and the end token are both 258"):
         check_rows([sound], ByteTokenizer(pad_id=258), length=4)

@@ -1,5 +1,6 @@
 """docs/memory.md: its examples run and do what it says, its numbers are those of the optimisers."""
 
+import functools
 import importlib
 import pathlib
 import re
@@ -12,8 +13,9 @@ import optax
 import pytest
 
 from rlhf_jax.models.policies import token_policy
-from rlhf_jax.models.quantisation import stored_bytes
-from rlhf_jax.models.transformer import Transformer
+from rlhf_jax.models.quantisation import int8, nf4, quantise, stored_bytes
+from rlhf_jax.models.transformer import Transformer, TransformerConfig
+from rlhf_jax.training.state import path_matches
 
 ROOT = pathlib.Path(__file__).parents[2]
 TEXT = (ROOT / "docs" / "memory.md").read_text(encoding="utf-8")
@@ -91,6 +93,25 @@ def test_optimisers_keep_what_the_table_says(memory):
         kept = stored_bytes(jax.eval_shape(optimizer.init, params))
         assert f"{kept / 2**20:.0f}" == size, call
         assert f"{kept / stored_bytes(params):.1f}" == multiple, call
+
+
+def test_few_bits_take_what_the_table_says():
+    sizes = {"vocab_size": 49152, "width": 576, "num_layers": 30, "num_heads": 9, "num_kv_heads": 3}
+    model = Transformer(TransformerConfig(**sizes, head_dim=64, mlp_width=1536))
+    one = jnp.ones((1, 1), jnp.int32)
+    init = functools.partial(model.init, method="initialise")
+    params = jax.eval_shape(init, jax.random.key(0), one, one > 0)["params"]
+    kernels = path_matches("kernel$")
+    ways = {"float32": None, "`int8`": int8, "`nf4`, `block=32`": functools.partial(nf4, block=32), "`nf4`": nf4}
+    rows = re.findall(r"(?m)^\| (float32|`(?:int8|nf4)`.*?) \| (\d+) \| (\S+) \| ", TEXT)
+    assert [name for name, *_ in rows] == list(ways)
+    numbers = sum(leaf.size for path, leaf in jax.tree.leaves_with_path(params) if "kernel" in str(path))
+    for name, size, bits in rows:
+        way = ways[name]
+        small = jax.eval_shape(lambda p, way=way: p if way is None else quantise(p, kernels, to=way), params)
+        stored = stored_bytes(small)
+        assert f"{stored / 2**20:.0f}" == size
+        assert f"{8 * (stored - stored_bytes(params) + 4 * numbers) / numbers:.1f}" == bits
 
 
 @pytest.mark.slow
