@@ -2,6 +2,10 @@
 
 Keys and values stand with their heads before their slots, [B, kv_heads, S, head_dim], in a cache too: so decoding reads
 every head's slots in one stretch.
+
+Every backend runs the same products, as XLA compiles them; values and gradients are those of
+`jax.nn.dot_product_attention`, which has no soft cap and other places for the heads. No fused kernel is chosen: scores
+[B, N, T, S] are formed, also on GPU and TPU.
 """
 
 from typing import TYPE_CHECKING

@@ -74,6 +74,30 @@ def test_gradients_equal_those_of_the_softmax_written_plainly(cap):
         np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("window", [None, 2])
+@pytest.mark.parametrize("segments", [None, [[0, 1, 1, 2, 2], [1, 1, 1, 2, 0]]])
+def test_values_and_gradients_equal_those_of_jax(window, segments):
+    query, key, value, bias, mask = inputs()
+    allowed = visible(*written(mask, None, None if segments is None else jnp.array(segments)), window)
+
+    def theirs(query, key, value, bias):
+        beside = lambda x: jnp.swapaxes(x, 1, 2)
+        return jax.nn.dot_product_attention(query, beside(key), beside(value), bias, allowed[:, None], scale=0.7)
+
+    ours = lambda query, key, value, bias: attend(query, key, value, allowed, scale=0.7, bias=bias)
+    both = lambda f: jax.value_and_grad(lambda *x: jnp.sum(jnp.sin(f(*x))), (0, 1, 2, 3))(query, key, value, bias)
+    close = lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-5)
+    jax.tree.map(close, jax.jit(both, static_argnums=0)(ours), jax.jit(both, static_argnums=0)(theirs))
+
+
+def test_one_program_lowers_for_every_platform():
+    shapes = [jax.ShapeDtypeStruct(x.shape, jnp.bfloat16) for x in inputs()[:3]]
+    allowed = visible(*written(inputs()[-1], None), 2)
+    loss = lambda *x: jnp.sum(attend(*x, allowed, scale=0.7, cap=5.0).astype(jnp.float32))
+    lowered = jax.jit(jax.grad(loss)).trace(*shapes).lower(lowering_platforms=("cpu", "cuda", "rocm", "tpu"))
+    assert "stablehlo.dot_general" in lowered.as_text()
+
+
 def test_scores_of_any_size_stay_finite():
     query, key, value, _, mask = inputs()
     allowed = visible(*written(mask, None), None)
