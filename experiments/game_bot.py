@@ -48,7 +48,7 @@ class Config(control_distillation.Config, step_feedback.Config):
     """All numbers of a run, and its flags."""
 
     games: str = ",".join(PARTS)
-    episodes: int = 16  # of every evaluation
+    episodes: int = 64  # of every evaluation
 
 
 BREAKOUT = {"rounds": 8, "pairs": 80, "turns": 10, "segment": 16, "filters": 8, "epochs": 3, "student_hidden": 32}
