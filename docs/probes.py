@@ -29,11 +29,12 @@ The policy starts at the reference. Its total variation distance from π_ref exp
 TAIL = """
 ## What has another optimum
 
-These optimise something else, and their distance from the optimum of the regularised reward is real. With the KL in the
-reward, dividing by the group's spread does no harm: at the optimum the shaped rewards are all equal. With the KL in the
-loss, the spread rescales the reward against it. Smoothing labels that are clean shrinks margins, IPO regresses on win
-rates, and plain distillation does not know the reward. DiscoPOP at its published τ = 0.05 rises at a margin of 0: from
-there it makes the winner less likely on average, and rests in the wrong one of two minima. Training for one try does
+These optimise something else, and their distance from the optimum of the regularised reward, or from the answer that
+the row names, is real. With the KL in the reward, dividing by the group's spread does no harm: at the optimum the
+shaped rewards are all equal. With the KL in the loss, the spread rescales the reward against it. Smoothing labels
+that are clean shrinks margins, IPO regresses on win rates, and plain distillation does not know the reward. DiscoPOP
+at its published τ = 0.05 rises at a margin of 0: from there it makes the winner less likely on average, and rests in
+the wrong one of two minima. BCO's own shift, the mean reward, is -β log Z by chance only. Training for one try does
 not train for two, and a sum of rewards is ruled by the one of large scale.
 
 | algorithm | total variation |

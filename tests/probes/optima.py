@@ -14,13 +14,15 @@ import sampler_probes  # noqa: F401
 import two_answer_probes
 from distillation_probes import distilled
 from policy_probes import grouped, spread
-from preference_probes import pairs
+from preference_probes import pairs, thumbs
 from problem import BETA, HUMAN_OPTIMUM, OPTIMUM, PROBES, TEACHER
 
 from rlhf_jax import group_advantages
+from rlhf_jax.algorithms import unpaired_preference as unpaired
 from rlhf_jax.losses import (
     distillation,
     preference,
+    unpaired_preference,
 )
 
 __all__ = ["BIASED", "PROBES"]
@@ -36,6 +38,9 @@ BIASED: dict[str, Callable[[], jax.Array]] = {
     ),
     group_probes.SUMMED: lambda: group_probes.distance(
         group_probes.separate, group_probes.SUMMED, group_probes.gdpo_rest
+    ),
+    "BCO at the mean reward so far, every answer as often": lambda: thumbs(
+        OPTIMUM, loss=unpaired_preference.bco, anchor=unpaired.mean_reward
     ),
     "IPO, against the optimum of the reward": lambda: pairs(lambda *x: preference.ipo_sum(*x, beta=BETA), OPTIMUM),
     "plain distillation": lambda: distilled(
