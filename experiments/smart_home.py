@@ -4,9 +4,9 @@ Method. A decoder of about half a million weights, from scratch, reads a command
 "<do>" or "<ask>" (act at once, or have the household confirm), the intent, and its slots.
   * Base (SFT): commands of the *demonstrated* templates with hassil's parse; "<do>" and "<ask>" by a coin.
   * Feedback, on commands of the *feedback* templates, whose parses no model is shown. Verifiable: the answer agrees
-    with hassil or not. Scripted comparisons: a household compares two answers to the same command; it wants the right
-    thing done, and it does not want to be asked; 5 % of its answers are mistakes. A Bradley-Terry reward model on the
-    base's frozen states learns them.
+    with hassil or not. Scripted comparisons: a household compares two answers that both do the right thing; it does not
+    want to be asked; 5 % of its answers are mistakes. A Bradley-Terry reward model on the base's frozen embeddings
+    learns them.
   * Cost: unlocking, or opening a door, gate or garage, without asking. A Lagrange multiplier holds its share among
     commands that open the house at `limit`. Few commands do: they are a fifth of the feedback's.
   * AC-HF with and without the constraint, GRPO and PD with it, and the base trained on for as many extra updates of as
@@ -68,7 +68,7 @@ class Config(bench.Settings):
     comfort: float = 1.0  # most that the household's reward model adds to the 1 of a right answer
     limit: float = 0.01  # of violations among commands that open the house
     multiplier: float = 1.0  # to start from
-    multiplier_rate: float = 0.02
+    multiplier_rate: float = 0.05
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
@@ -76,26 +76,29 @@ SMOKE = {"templates": 60, "per_template": 2, "vocabulary": 500, "width": 32, "la
          "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 64}  # fmt: skip
 
 
-def judge(rollout: Rollout, truth: Any, states: Array, *, mark: dict[str, int], scorer: Any, comfort: float) -> Judged:
+def judge(rollout: Rollout, truth: Any, _: Array, *, mark: dict[str, int], liked: Any, comfort: float) -> Judged:
     """1 to 1 + `comfort` for agreement with hassil, by what the household's reward model says; 0 for anything else.
 
     The model is asked about right answers alone, and its score is squashed: a wrong one could please it without end.
     """
     seen = look(rollout, truth, mark)
-    liked = pooled_reward.score(scorer, pooled_reward.pooled(states, rollout.response_mask))
-    rewards = jnp.where(seen.right, 1.0 + comfort * jax.nn.sigmoid(liked), 0.0)
+    rewards = jnp.where(seen.right, 1.0 + comfort * jax.nn.sigmoid(liked(rollout)), 0.0)
     return Judged(rewards, seen.violates.astype(jnp.float32), truth[1])
 
 
 def compared(data: Data, base: Any, key: Array, *, count: int, mistakes: float) -> PreferenceBatch:
-    """Features of the base's answers, two to each of some feedback commands, and the household's choices."""
+    """Features of the base's answers, two to each of some feedback commands, and the household's choices.
+
+    It is asked where both agree with hassil; other pairs weigh nothing.
+    """
     keys = jax.random.split(key, 4)
     rows = data.feedback.rows(jax.random.randint(keys[0], (count,), 0, len(data.feedback.tokens)))
     rollouts = [sequences.act(data.task, base, rows, k) for k in keys[1:3]]
-    first, second = (pooled_reward.features(data.task, base, rollout) for rollout in rollouts)
     seen = [look(rollout, rows.truth, data.tokenizer.control_ids) for rollout in rollouts]
-    one, other = (2.0 * answer.right - 1.0 * answer.asks for answer in seen)
+    one, other = (-1.0 * answer.asks for answer in seen)
     answers = teachers.compare(one, other, keys[3], mistakes=mistakes, equal_within=0.5)
+    answers = answers._replace(given=answers.given & seen[0].right & seen[1].right)
+    first, second = (pooled_reward.words(base, rollout) for rollout in rollouts)
     return teachers.preference_batch(first, second, answers)
 
 
@@ -137,10 +140,11 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
     judged("base", base)
     judged("base, extra updates", bench.trained_on(own, base, data.demonstrations))
     ask = jax.jit(functools.partial(compared, data, count=config.comparisons), static_argnames="mistakes")
-    scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05), own.key(3, 1))
+    scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
     fresh = ask(base, own.key(3, 2), mistakes=0.0)
     found["household model"] = {"accuracy": float(pooled_reward.accuracy(scorer, fresh))}
-    verdict = functools.partial(judge, mark=mark, scorer=scorer, comfort=config.comfort)
+    liked = lambda rollout: pooled_reward.score(scorer, pooled_reward.words(base, rollout))
+    verdict = functools.partial(judge, mark=mark, liked=liked, comfort=config.comfort)
     limited = Constraint(config.limit, config.multiplier_rate, config.multiplier)
     arms = {"AC-HF, no constraint": FREE, "AC-HF": limited}
     for name, params in bench.ac_hf(own, base, data.feedback, verdict, arms):

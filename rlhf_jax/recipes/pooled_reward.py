@@ -1,7 +1,8 @@
-"""A reward model of answers, learnt from comparisons: linear in the mean of a frozen decoder's normalised states.
+"""A reward model of answers, learnt from comparisons: linear in what a frozen decoder sees of an answer on average.
 
-A scorer is a dict: the head's parameters, and mean and deviation of the scores of what was compared, in whose standard
-deviations `score` answers.
+A scorer is a dict: `kernel` [D] and `mean`, the mean score of what was compared. Scores are log-odds of being preferred
+(Bradley-Terry), so only differences between answers to one prompt mean anything: the kernel starts at zero, for a
+random one would rank prompts.
 """
 
 from typing import Any
@@ -14,13 +15,11 @@ from jax import Array
 from rlhf_jax import masking
 from rlhf_jax.algorithms import reward_model
 from rlhf_jax.models import policies
-from rlhf_jax.models.heads import ScalarHead
+from rlhf_jax.models.transformer import output_table
 from rlhf_jax.recipes.sequences import Task
 from rlhf_jax.types import PreferenceBatch, Rollout
 
-__all__ = ["accuracy", "features", "fit", "pooled", "score"]
-
-HEAD = ScalarHead()  # linear: a hidden layer learns a few thousand pairs by heart and ranks others worse
+__all__ = ["accuracy", "features", "fit", "pooled", "score", "words"]
 
 
 def pooled(states: Array, mask: Array) -> Array:
@@ -29,25 +28,37 @@ def pooled(states: Array, mask: Array) -> Array:
 
 
 def features(task: Task, params: Any, rollout: Rollout) -> Array:
-    """[B, D] what the decoder with `params` sees of answers on average."""
+    """[B, D] what the decoder with `params` sees of answers on average: last states, that know prompt and answer."""
     states = policies.response_hidden(task.model, params, rollout.inputs, prompt_length=task.prompt_length)
     return pooled(states, rollout.response_mask)
 
 
-def fit(pairs: PreferenceBatch, key: Array, *, updates: int = 300) -> dict[str, Any]:
-    """A scorer from pairs of features [N, D]; pairs of weight 0 are seen by mean and deviation alone."""
-    apply = lambda params, x: HEAD.apply({"params": params}, x)
-    params = HEAD.init(key, pairs.chosen[:1])["params"]
-    state = reward_model.init(params, apply, optax.adamw(optax.cosine_decay_schedule(1e-2, updates), weight_decay=1.0))
+def words(params: Any, rollout: Rollout) -> Array:
+    """[B, D] mean embedding of an answer's tokens; for tastes that do not depend on the prompt."""
+    return pooled(output_table(params)[rollout.responses], rollout.response_mask)
+
+
+def fit(pairs: PreferenceBatch, *, updates: int = 300) -> dict[str, Any]:
+    """A scorer from pairs of features [N, D]; pairs of weight 0 count for nothing.
+
+    Linear: a hidden layer learns a few thousand pairs by heart and ranks others worse.
+    """
+    both = jnp.concatenate([pairs.chosen, pairs.rejected])
+    counts = jnp.tile(pairs.weight > 0, 2)
+    wide = jnp.broadcast_to(counts[:, None], both.shape)
+    deviation = jnp.sqrt(masking.masked_variance(both, wide, axis=0)) + 1e-6
+    optimizer = optax.adamw(optax.cosine_decay_schedule(1e-2, updates), eps=1e-4, weight_decay=0.1)
+    start = {"kernel": jnp.zeros(both.shape[1:])}
+    state = reward_model.init(start, lambda params, x: x @ (params["kernel"] / deviation), optimizer)
     update = lambda state, _: reward_model.update(state, pairs, config=reward_model.Config())
-    params = jax.lax.scan(update, state, None, length=updates)[0].params
-    scores = apply(params, jnp.concatenate([pairs.chosen, pairs.rejected]))
-    return {"head": params, "mean": jnp.mean(scores), "deviation": jnp.std(scores)}
+    params: Any = jax.lax.scan(update, state, None, length=updates)[0].params
+    kernel = params["kernel"] / deviation
+    return {"kernel": kernel, "mean": masking.masked_mean(both @ kernel, counts)}
 
 
 def score(scorer: dict[str, Any], x: Array) -> Array:
-    """[B] of features [B, D], in standard deviations from the mean."""
-    return (HEAD.apply({"params": scorer["head"]}, x) - scorer["mean"]) / scorer["deviation"]
+    """[B] log-odds, of features [B, D], against the mean of what was compared."""
+    return x @ scorer["kernel"] - scorer["mean"]
 
 
 def accuracy(scorer: dict[str, Any], pairs: PreferenceBatch) -> Array:

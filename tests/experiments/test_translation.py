@@ -26,7 +26,7 @@ def test_the_smoke_run_leaves_a_labelled_folder_and_resumes(translation, tmp_pat
     path = tmp_path / "pairs.tsv"
     things = [f"{a} {b}\t{c} {d}" for a, c in NUMBERS for b, d in NOUNS]
     path.write_text("\n".join(things))
-    arguments = ["--smoke", "--pairs", str(path), "--count", "60", "--held-out", "12", "--out", str(tmp_path / "run")]
+    arguments = ["--smoke", "--pairs", str(path), "--out", str(tmp_path / "run")]
     translation.main(arguments)
     first = (tmp_path / "run" / "results.json").read_text()
     assert json.loads(first)["feedback"] == "scripted"
