@@ -52,13 +52,12 @@ def judge_all(
     """Every policy answers held-out prompts, as typed and misheard: figures of each reply, and what was said."""
     rng, figures, rows = np.random.default_rng((seed, 8)), {}, [{"prompt": text} for text in asked]
     reference_fn = jax.jit(reference(world))
-    look = jax.jit(lambda base, rollout: seen(world, base, rollout))
     for noisy, texts in {"": asked, ", misheard": misheard(asked, rng, world.config.noise)}.items():
         prompts = left(world, texts)
         for number, (name, policy) in enumerate(agents.items()):
             keys = jax.random.split(run_key(seed, 9, number), len(asked))
             rollout = reply(world, policy, prompts, keys, tap=True)
-            real, (read, watched) = rollout.response_mask, look(base, rollout)
+            real, (read, watched) = rollout.response_mask, seen(world, base, rollout)
             log_probs = reference_fn(base.params, rollout.inputs)
             distance = jnp.sum(kl.k1(*masking.zero_outside(real, rollout.log_probs, log_probs)), axis=-1)
             scores = {arm: score(scorers[arm], read, real) for arm in ARMS}

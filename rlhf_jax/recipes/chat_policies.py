@@ -134,7 +134,6 @@ def pd(folder: RunFolder, seed: int, world: World, base: Policy, prompts: Any, r
     A token's weight is exp of what it earned among all samples (`token_rewards`, `human_step_weights`).
     """
     config, size = world.config, min(32, world.config.teacher_samples)
-    look = jax.jit(lambda base, rollout: seen(world, base, rollout)[0])
     parts = [np.arange(i, i + size) % len(prompts[0]) for i in range(0, config.teacher_samples, size)]
 
     def sample(part: np.ndarray, number: int) -> Any:
@@ -142,7 +141,7 @@ def pd(folder: RunFolder, seed: int, world: World, base: Policy, prompts: Any, r
         rollout = reply(world, base, (prompts[0][part], prompts[1][part]), keys, tap=True, keep_hidden=True)
         assert rollout.hidden is not None  # asked for
         taught = policies.TeacherInputs(rollout.inputs, rollout.hidden)
-        return jax.device_get((taught, rollout.response_mask, look(base, rollout)))
+        return jax.device_get((taught, rollout.response_mask, seen(world, base, rollout)[0]))
 
     @cache
     def every() -> policy_distillation.Batch:

@@ -13,6 +13,7 @@ The worth is calibrated on the base's replies, as a reply is not a chat: there t
 worth what the mean token of a chat is, and scores have standard deviation 1.
 """
 
+from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -26,6 +27,7 @@ from rlhf_jax.algorithms import reward_model
 from rlhf_jax.feedback.baselines import pair_accuracy
 from rlhf_jax.feedback.comparisons import Comparisons
 from rlhf_jax.feedback.dialogues import matched_comparisons, rating_comparisons, without_length
+from rlhf_jax.models.transformer import Transformer
 from rlhf_jax.recipes.chats import Policy, World, right
 from rlhf_jax.recipes.run_folder import RunFolder
 from rlhf_jax.types import PreferenceBatch, Rollout
@@ -76,8 +78,12 @@ def chat_features(folder: RunFolder, world: World, base: Policy) -> Features:
 
 def _layers(world: World, params: Any, tokens: Array, mask: Array) -> tuple[Array, Array]:
     """[B, T, D] entering the layers that reward models and judge read."""
-    config = world.config
-    out = world.model.apply({"params": params}, tokens, mask, last=config.reward_layer, tap=config.judge_layer)
+    return _run(world.model, world.config.reward_layer, world.config.judge_layer, params, tokens, mask)
+
+
+@partial(jax.jit, static_argnums=range(3))
+def _run(model: Transformer, last: int, tap: int, params: Any, tokens: Array, mask: Array) -> tuple[Array, Array]:
+    out = model.apply({"params": params}, tokens, mask, last=last, tap=tap)
     return out.hidden, out.tap
 
 
