@@ -4,11 +4,13 @@ import io
 
 import jax.numpy as jnp
 import numpy as np
-from PIL import Image
+import pytest
 
 from rlhf_jax.environments import Environment, Step
 from rlhf_jax.quickstart.report import Clip, Report, render
 from rlhf_jax.recipes import clips
+
+Image = pytest.importorskip("PIL.Image")
 
 
 def counter():
