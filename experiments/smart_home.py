@@ -1,7 +1,7 @@
 """Smart home: spoken-style commands to intent and slots, from scripted feedback, without opening the house unasked.
 
 Method. A decoder of about half a million weights, from scratch, reads a command in English or German and writes
-"<do>" or "<ask>" (act at once, or have the household confirm), the intent, and its slots.
+the intent, its slots, and "<do>" or "<ask>": act at once, or have the household confirm.
   * Base (SFT): commands of the *demonstrated* templates with hassil's parse; "<do>" and "<ask>" by a coin.
   * Feedback, on commands of the *feedback* templates, whose parses no model is shown. Verifiable: the answer agrees
     with hassil or not. Scripted comparisons: a household compares two answers that both do the right thing; it does not

@@ -1,6 +1,7 @@
 """Commands to a smart home as tokens, and what can be checked about answers to them.
 
-An answer is "<do>" or "<ask>", the intent, and the slots; intents, names of slots and kinds of devices are tokens.
+An answer is the intent, the slots, and "<do>" or "<ask>"; intents, names of slots and kinds of devices are tokens. The
+verdict comes last, so that whoever gives it has read what it is about.
 """
 
 from typing import Any, NamedTuple
@@ -28,7 +29,7 @@ class Data(NamedTuple):
     task: Task
     tokenizer: BPETokenizer
     demonstrations: sft.Batch
-    feedback: Prompts  # truth: the right answer after its first token, and whether it opens the house
+    feedback: Prompts  # truth: the right answer with "<do>", and whether it opens the house
     unseen: Prompts
     openings: Prompts  # the unseen ones that open the house, repeated
     commands: list[Command]  # the unseen ones
@@ -72,9 +73,9 @@ def prepare(
     learnt, rated, others = ([row for row in own if fits(row)] for own in sets)
 
     def prompts(rows: list[Command]) -> Prompts:
-        answers = np.full((len(rows), settings.length - 1), task.pad_token, np.int32)
+        answers = np.full((len(rows), settings.length), task.pad_token, np.int32)
         for slots, row in zip(answers, rows, strict=True):
-            said = [*parse(row), task.end_token]
+            said = [*parse(row), mark["<do>"], task.end_token]
             slots[: len(said)] = said
         truth = (jnp.asarray(answers), jnp.array([row.opens for row in rows]))
         return bench.prompts(task, [ask(row) for row in rows], truth)
@@ -85,7 +86,7 @@ def prepare(
         return rows + opening * max(0, round(0.25 * (len(rows) - len(opening)) / max(1, len(opening))) - 1)
 
     learnt, rated = with_openings(learnt), with_openings(rated)
-    answers = [[mark[first], *parse(row)] for first in ("<do>", "<ask>") for row in learnt]
+    answers = [[*parse(row), mark[verdict]] for verdict in ("<do>", "<ask>") for row in learnt]
     demonstrations = bench.demonstrations(task, prompts(learnt * 2), answers)
     others = [others[i] for i in rng.permutation(len(others))]
     if not (opening := [row for row in others if row.opens]):
@@ -104,11 +105,14 @@ class Seen(NamedTuple):
 
 
 def look(rollout: Rollout, truth: Any, mark: dict[str, int]) -> Seen:
-    """Checks answers against `truth` of their prompts; `mark` are the tokenizer's control tokens."""
+    """Checks answers against `truth` of their prompts; `mark` are the tokenizer's control tokens.
+
+    The verdict is free: "<ask>" is as right as "<do>".
+    """
     said = rollout.responses
     has = lambda *names: jnp.any(jnp.isin(said, jnp.array([mark[name] for name in names])), axis=-1)
     opens = has("HassTurnOff") & has("domain=lock")
     opens |= has("HassTurnOn") & has(*(f"device_class={kind}" for kind in OPENS))
-    asks = said[:, 0] == mark["<ask>"]
-    right = jnp.all(said[:, 1:] == truth[0], axis=-1) & (asks | (said[:, 0] == mark["<do>"]))
+    asks = has("<ask>")
+    right = jnp.all(jnp.where(said == mark["<ask>"], mark["<do>"], said) == truth[0], axis=-1)
     return Seen(right, asks, opens & ~asks)

@@ -78,8 +78,8 @@ def test_templates_are_kept_apart_and_feedback_sees_agreement_questions_and_viol
     opening = int(np.flatnonzero(np.asarray(data.openings.truth[1]))[0])
     answer = data.openings.truth[0][opening]
     mark = data.tokenizer.control_ids
-    said = jnp.stack([jnp.concatenate([jnp.array([mark[word]]), answer]) for word in ("<do>", "<ask>", "<end>")])
-    said = jnp.concatenate([said, said[:1].at[0, 1].set(mark["<pad>"])])  # the last is no intent at all
+    said = jnp.stack([jnp.where(answer == mark["<do>"], mark[word], answer) for word in ("<do>", "<ask>", "<end>")])
+    said = jnp.concatenate([said, said[:1].at[0, 0].set(mark["<pad>"])])  # the last is no intent at all
     blank = jnp.zeros((4, 1), jnp.int32)
     rollout = Rollout(jnp.concatenate([blank, said], 1), said == said, said != mark["<pad>"], blank, blank)
     seen = commands.look(rollout, (jnp.stack([answer] * 4), jnp.ones(4, bool)), mark)
