@@ -3,11 +3,12 @@
 Keys and values stand with their heads before their slots, [B, kv_heads, S, head_dim], in a cache too: so decoding reads
 every head's slots in one stretch.
 
-Every backend runs the same products, as XLA compiles them; values and gradients are those of
-`jax.nn.dot_product_attention`, which has no soft cap and other places for the heads. No fused kernel is chosen: scores
-[B, N, T, S] are formed, also on GPU and TPU.
+`attend` is what XLA compiles on every backend: scores [B, N, T, S] are formed, values and gradients are those of
+`jax.nn.dot_product_attention`, which has no soft cap and other places for the heads. `fused_attention` has the kernels
+of GPU and TPU that do without the scores.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import jax
@@ -91,9 +92,15 @@ def attend(
 
 
 class Attention(nn.Module):
-    """Projections to heads, rotation, attention, and back to the width."""
+    """Projections to heads, rotation, attention, and back to the width.
+
+    Attributes:
+      config: its shape.
+      kernel: of `fused_attention` with its window, for tokens that attend among themselves; None is `attend`.
+    """
 
     config: "TransformerConfig"
+    kernel: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(
@@ -103,11 +110,12 @@ class Attention(nn.Module):
         allowed: Array,
         slot: tuple[Array, Array, Array] | None,
         bias: Array | None = None,
+        text: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """x [B, T, D], allowed [B, T, S] bool -> output [B, T, D], keys, values [B, kv_heads, S, head_dim].
 
         slot is (keys, values, first slot to write) of a cache, or None to attend among the T tokens themselves; bias
-        [B, heads, T, S] is added to the scores.
+        [B, heads, T, S] is added to the scores; text [B, T] int is what a kernel needs besides, None for `attend`.
         """
         config = self.config
         project = lambda name, count: Dense(count * config.head_dim, use_bias=config.qkv_bias, name=name)(x).reshape(
@@ -125,14 +133,12 @@ class Attention(nn.Module):
             keys, values, start = slot
             key = jax.lax.dynamic_update_slice_in_dim(keys, key.astype(keys.dtype), start, axis=2)
             value = jax.lax.dynamic_update_slice_in_dim(values, value.astype(values.dtype), start, axis=2)
-        mixed = attend(
-            query,
-            key.astype(x.dtype),
-            value.astype(x.dtype),
-            allowed,
-            scale=config.head_dim**-0.5 if config.query_scale is None else config.query_scale,
-            cap=config.attention_soft_cap,
-            bias=None if bias is None else bias.astype(x.dtype),
-        )
+        seen = query, key.astype(x.dtype), value.astype(x.dtype), allowed
+        scale = config.head_dim**-0.5 if config.query_scale is None else config.query_scale
+        if self.kernel is None or text is None or bias is not None:
+            bias = None if bias is None else bias.astype(x.dtype)
+            mixed = attend(*seen, scale=scale, cap=config.attention_soft_cap, bias=bias)
+        else:
+            mixed = self.kernel(*seen, text, scale=scale, cap=config.attention_soft_cap)
         flat = mixed.reshape(*x.shape[:-1], config.num_heads * config.head_dim)
         return Dense(config.width, use_bias=config.out_bias, name="out")(flat), key, value

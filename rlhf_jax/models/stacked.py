@@ -21,7 +21,18 @@ import jax.numpy as jnp
 from jax import Array
 
 from rlhf_jax.models.attention import visible
-from rlhf_jax.models.transformer import Block, Cache, Output, Transformer, TransformerConfig, rotations, within, written
+from rlhf_jax.models.transformer import (
+    Block,
+    Cache,
+    Output,
+    Transformer,
+    TransformerConfig,
+    kernel_of,
+    rotations,
+    texts,
+    within,
+    written,
+)
 
 __all__ = ["StackedTransformer", "stack_layers", "unstack_layers"]
 
@@ -126,12 +137,14 @@ class StackedTransformer:
         # Layers of several windows choose theirs by number.
         which = jnp.asarray([kinds.index(window) for window in windows])
         choices = jax.tree.map(lambda *each: jnp.stack(each), *zip(turns, allowed, strict=True))
-        block = Block(config, config.is_sparse(first))
+        # A kernel is compiled for one window, so layers of several go without.
+        kernel = kernel_of(self.model.kernel, windows[0]) if len(kinds) == 1 else None
+        block, text = Block(config, config.is_sparse(first), kernel), texts(within(mask, segments), segments)
 
         def layer(x: Array, part: tuple[Any, Array]) -> tuple[Array, None]:
             params, kind = part
             turn, allowed = jax.tree.map(lambda each: each[kind], choices)
-            return block.apply({"params": params}, x, turn, allowed, None)[0], None
+            return block.apply({"params": params}, x, turn, allowed, None, None, text)[0], None
 
         if self.model.remat is not None:
             layer = jax.checkpoint(layer, policy=self.model.remat, prevent_cse=False)

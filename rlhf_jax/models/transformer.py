@@ -11,6 +11,7 @@ Hidden states and not logits come back, because [B, T, V] is what runs out of me
 `rlhf_jax.logprobs.head_log_probs`, or call `Transformer.logits` for the few positions that need all of V.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -21,6 +22,7 @@ from jax import Array
 
 from rlhf_jax.models.attention import Attention, visible
 from rlhf_jax.models.config import TransformerConfig
+from rlhf_jax.models.fused_attention import Kernel, by_backend
 from rlhf_jax.models.layers import MLP, Norm, soft_cap
 from rlhf_jax.models.moe import MixtureOfExperts
 from rlhf_jax.models.rotary import Rotation, rotation
@@ -147,6 +149,16 @@ def rotations(
     return rotation(position, config.rotary_dim, config.rope_theta, config.rope_scaling, segments)
 
 
+def texts(mask: Array, segments: Array | None) -> Array:
+    """[B, T] int32: the segment of every token, 1 without segments, and 0 for padding."""
+    return jnp.where(mask, 1 if segments is None else segments, 0).astype(jnp.int32)
+
+
+def kernel_of(kernel: Kernel | None, window: int | None) -> Kernel | None:
+    """The kernel for layers of a window."""
+    return None if kernel is None else functools.partial(kernel, window=window)
+
+
 def output_table(params: dict) -> Array:
     """[V, D] rows that hidden states are multiplied with for logits: the tied embedding, or the untied head."""
     return params["head"]["embedding"] if "head" in params else params["embed"]["embedding"]
@@ -157,6 +169,7 @@ class Block(nn.Module):
 
     config: TransformerConfig
     sparse: bool = False
+    kernel: Callable[..., Array] | None = None
 
     @nn.compact
     def __call__(
@@ -166,12 +179,14 @@ class Block(nn.Module):
         allowed: Array,
         slot: tuple[Array, Array, Array] | None,
         bias: Array | None = None,
+        text: Array | None = None,
     ) -> tuple[Array, Array, Array]:
         """As `Attention`: output, keys and values."""
         config = self.config
         norm = lambda name: Norm(config.norm, config.norm_epsilon, config.norm_offset, name=name)
         after = lambda name, y: norm(name)(y) if config.post_norms else y
-        mixed, keys, values = Attention(config, name="attention")(norm("attention_norm")(x), turn, allowed, slot, bias)
+        attention = Attention(config, self.kernel, name="attention")
+        mixed, keys, values = attention(norm("attention_norm")(x), turn, allowed, slot, bias, text)
         x = x + after("attention_post_norm", mixed)
         mlp = MixtureOfExperts(config, name="mlp") if self.sparse else MLP(config, name="mlp")
         return x + after("mlp_post_norm", mlp(norm("mlp_norm")(x))), keys, values
@@ -184,10 +199,12 @@ class Transformer(nn.Module):
       config: its shape.
       remat: recomputes each block in the backward pass instead of keeping what its forward pass computed. A policy of
         `jax.checkpoint_policies` says what is kept all the same; None keeps everything. The numbers are the same.
+      kernel: attention among tokens without a cache, of `fused_attention`; None always forms the scores.
     """
 
     config: TransformerConfig
     remat: Callable[..., Any] | None = None
+    kernel: Kernel | None = by_backend
 
     if TYPE_CHECKING:  # Linen cannot say that without mutable collections `apply` returns what the method does
 
@@ -200,7 +217,10 @@ class Transformer(nn.Module):
         self.embed = table(config.vocab_size)
         if config.learned_positions:
             self.position_embed = table(config.max_length)
-        self.layer = [block(config, config.is_sparse(index)) for index in range(config.num_layers)]
+        self.layer = [
+            block(config, config.is_sparse(index), kernel_of(self.kernel, config.window(index)))
+            for index in range(config.num_layers)
+        ]
         self.final_norm = Norm(config.norm, config.norm_epsilon, config.norm_offset)
         if not config.tie_embeddings:
             self.head = table(config.vocab_size)
@@ -241,6 +261,7 @@ class Transformer(nn.Module):
         windows = {config.window(index) for index in range(first, stop)}
         allowed = {window: visible(*span, window) for window in windows}
         turns = {window: rotations(config, span.position, segments, window) for window in windows}
+        text = None if cache is not None else texts(mask, segments)
 
         x = inputs if first else self._embed(inputs, mask, span.position)
         tapped, keys, values = None, [], []
@@ -249,7 +270,7 @@ class Transformer(nn.Module):
                 tapped = x
             slot = None if cache is None else (cache.keys[index], cache.values[index], cache.length)
             window = config.window(index)
-            x, key, value = self.layer[index](x, turns[window], allowed[window], slot)
+            x, key, value = self.layer[index](x, turns[window], allowed[window], slot, None, text)
             keys.append(key)
             values.append(value)
         if tap == stop:
