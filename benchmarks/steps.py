@@ -11,10 +11,10 @@ in the same process, before and after the step. ``utilisation`` is limit_s / ste
 """
 
 import argparse
+import contextlib
 import functools
 import json
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -35,6 +35,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2, help="host devices that the rows are split over")
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after one that is not")
     parser.add_argument("--seconds", type=float, default=40.0, help="stop timing after about this long")
+    parser.add_argument("--microbatches", type=int, default=1, help="parts that every gradient is summed over")
     parser.add_argument("--cache", help="folder of compiled programs that a second start reads")
     parser.add_argument("--flags", default="", help="more XLA_FLAGS")
     parser.add_argument("--no-limit", action="store_true", help="do not time the matrix products")
@@ -96,6 +97,16 @@ def distributed(case: Any, devices: int) -> Any:
     return jax.jit(step, donate_argnums=0), put(whole), put(rows)
 
 
+def peak_since_last() -> float:
+    """GiB, the largest resident size since the last call; since the start where the system cannot forget it."""
+    from rlhf_jax.training.memory import peak_memory_gib
+
+    peak = peak_memory_gib()
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+    return peak
+
+
 def operations(folder: str) -> dict[str, float]:
     """Seconds by kind of operation, of a trace."""
     from jax.profiler import ProfileData
@@ -121,8 +132,11 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
         jax.config.update("jax_persistent_cache_min_entry_size_bytes", 0)
     from benchmarks import workloads
+    from rlhf_jax.training.memory import release_memory
 
-    case = workloads.build(task, model)
+    jax.block_until_ready(jax.numpy.zeros(()))
+    peaks = {"started": peak_since_last()}
+    case = workloads.build(task, model, microbatches=args.microbatches)
     strong = lambda tree: jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x, np.int32), tree)
     limit = lambda: None if args.no_limit else matmul_seconds(case.products, args.devices)
     limits = [limit()]
@@ -137,8 +151,13 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
     batches = [put_rows(case.batch(2 * seed)) for seed in range(3)]
     case = case._replace(state=None)
     jax.block_until_ready((state, fixed, batches))
+    release_memory()
+    peaks["built"] = peak_since_last()
     jax.monitoring.register_event_duration_secs_listener(listen)
     before = time.perf_counter()
+    plan = step.lower(state, fixed, batches[0]).compile().memory_analysis()  # the call below finds it compiled
+    release_memory()  # what the compiler has freed
+    peaks["compiled"] = peak_since_last()
     state, result = jax.block_until_ready(step(state, fixed, batches[0]))
     first = time.perf_counter() - before
     ready = time.perf_counter() - started
@@ -149,7 +168,7 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
         state, result = jax.block_until_ready(step(state, fixed, batches[len(taken) % 3]))
         taken.append(time.perf_counter() - before)
     cpu = (time.process_time() - cpu) / len(taken)
-    memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    peaks["steps"] = peak_since_last()
     finite = all(bool(jax.numpy.isfinite(x).all()) for x in jax.tree.leaves(result) if x.dtype == jax.numpy.float32)
     count, seconds = len(compiled), sum(compiled)
     limits.append(limit())
@@ -160,6 +179,7 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
         "task": task,
         "model": model,
         "devices": args.devices,
+        "microbatches": args.microbatches,
         "step_s": round(median, 4),
         "step_s_min": round(min(taken), 4),
         "steps": len(taken),
@@ -173,7 +193,9 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
         "compile_s": round(seconds, 2),
         "first_step_s": round(first, 2),
         "start_to_first_step_s": round(ready, 2),
-        "peak_rss_gib": round(memory, 3),
+        "peak_rss_gib": round(max(peaks.values()), 3),
+        "peaks_gib": {phase: round(peak, 3) for phase, peak in peaks.items()},
+        "temporary_gib": round(plan.temp_size_in_bytes / 2**30, 3),
         "finite": finite,
         "jax": jax.__version__,
     }

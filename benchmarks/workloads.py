@@ -68,13 +68,17 @@ MODELS = {
 
 @dataclasses.dataclass(frozen=True)
 class Sizes:
-    """Rows (prompts, pairs or texts), prompt and response length, answers per prompt, passes over each rollout."""
+    """Rows (prompts, pairs or texts), prompt and response length, answers per prompt, passes over each rollout.
+
+    `microbatches` says how many parts the gradient of a step is summed over.
+    """
 
     rows: int
     prompt: int
     response: int
     group: int = 1
     epochs: int = 1
+    microbatches: int = 1
 
 
 SIZES = {
@@ -89,9 +93,9 @@ SIZES = {
 }
 
 
-def sizes_of(task: str, model: str) -> Sizes:
+def sizes_of(task: str, model: str, microbatches: int = 1) -> Sizes:
     """The sizes of a case; PPO takes a single pass with the large model."""
-    sizes = SIZES[task]
+    sizes = dataclasses.replace(SIZES[task], microbatches=microbatches)
     if model == "tiny":
         return dataclasses.replace(sizes, rows=4, prompt=min(sizes.prompt, 4), response=4, epochs=min(sizes.epochs, 2))
     return dataclasses.replace(sizes, epochs=1) if model == "gpt2_124m" else sizes
@@ -225,6 +229,10 @@ class Setup:
         """Parameters as `writer` takes them."""
         return params
 
+    def split(self, axis_name: str | None) -> dict[str, Any]:
+        """How the rows of a gradient step are split, over devices and in time."""
+        return {"axis_name": axis_name, "microbatches": self.sizes.microbatches}
+
     def score_head(self) -> Any:
         """Parameters of `scorer`."""
         return scalar_head(self.scorer, jnp.zeros((1, 1, self.config.width)), jnp.ones((1, 1), bool))
@@ -241,7 +249,8 @@ def supervised(s: Setup) -> Case:
 
     def step(state, fixed, batch, axis_name=None):
         del fixed
-        return sft.update(state, sft.Batch(batch, s.mask(batch)), config=sft.Config(), axis_name=axis_name)
+        made = sft.Batch(batch, s.mask(batch))
+        return sft.update(state, made, config=sft.Config(), **s.split(axis_name))
 
     state = sft.init(s.params(0), s.log_probs, adamw())
     return Case(state, None, s.text, step, s.rows * s.length, s.read("train"))
@@ -256,7 +265,7 @@ def reward(s: Setup) -> Case:
     def step(state, fixed, batch, axis_name=None):
         del fixed
         made = PreferenceBatch(*batch, jnp.ones(len(batch[0].tokens)))
-        return reward_model.update(state, made, config=reward_model.Config(), axis_name=axis_name)
+        return reward_model.update(state, made, config=reward_model.Config(), **s.split(axis_name))
 
     params = {"trunk": without_head(s.params(0)), "head": s.score_head()}
     state = reward_model.init(params, scores, adamw())
@@ -269,7 +278,7 @@ def dpo(s: Setup) -> Case:
     def step(state, fixed, batch, axis_name=None):
         sides = [preference.Completions(inputs, s.mask(inputs)) for inputs in batch]
         made = PreferenceBatch(*sides, jnp.ones(len(batch[0].tokens)))
-        return preference.update(state, made, config=preference.Config(), reference=fixed, axis_name=axis_name)
+        return preference.update(state, made, config=preference.Config(), reference=fixed, **s.split(axis_name))
 
     state = preference.init(s.params(0), s.log_probs, adamw())
     work = s.read("forward", sides=2) + s.read("train", sides=2)
@@ -290,7 +299,7 @@ def grouped(s: Setup, config: group.Config) -> Case:
             config=config,
             axis_name=axis_name,
         )
-        state, metrics = group.update(state, made, config=config, axis_name=axis_name)
+        state, metrics = group.update(state, made, config=config, **s.split(axis_name))
         return state, metrics | told
 
     state = group.init(s.params(0), s.log_probs, adamw())
@@ -333,8 +342,8 @@ def ppo(s: Setup) -> Case:
             axis_name=axis_name,
         )
         order = jax.random.fold_in(batch["keys"].reshape(-1)[0], 1)
-        epochs = {"epochs": s.sizes.epochs, "config": config, "axis_name": axis_name}
-        state, metrics = actor_critic.update_epochs(state, made, order, **epochs)
+        epochs = {"epochs": s.sizes.epochs, "config": config}
+        state, metrics = actor_critic.update_epochs(state, made, order, **epochs, **s.split(axis_name))
         return state, metrics | told
 
     critic = scalar_head(s.critic, jnp.zeros((1, s.config.width)))
@@ -355,7 +364,7 @@ def distill(s: Setup) -> Case:
         seen = TeacherInputs(rollout.inputs, s.states(fixed, rollout.inputs))
         made = policy_distillation.Batch(seen, rollout.response_mask, jnp.ones(len(rollout.tokens)))
         table, config = {"teacher_table": output_table(fixed)}, policy_distillation.Config()
-        return policy_distillation.update(state, made, config=config, frozen=table, axis_name=axis_name)
+        return policy_distillation.update(state, made, config=config, frozen=table, **s.split(axis_name))
 
     pupil = student(s.model, prompt_length=s.sizes.prompt)
     state = policy_distillation.init({"student": s.params(0)}, pupil, adamw())
@@ -375,6 +384,8 @@ TASKS: dict[str, Callable[[Setup], Case]] = {
 }
 
 
-def build(task: str, model: str, setup: Callable[[TransformerConfig, Sizes], Setup] = Setup) -> Case:
+def build(
+    task: str, model: str, setup: Callable[[TransformerConfig, Sizes], Setup] = Setup, *, microbatches: int = 1
+) -> Case:
     """The case of a task and a model."""
-    return TASKS[task](setup(MODELS[model], sizes_of(task, model)))
+    return TASKS[task](setup(MODELS[model], sizes_of(task, model, microbatches)))

@@ -1,9 +1,7 @@
 """The quickstart from end to end: material, stages, results, report; and how it stops and resumes."""
 
 import contextlib
-import ctypes
 import dataclasses
-import gc
 import json
 import os
 import time
@@ -30,6 +28,7 @@ from rlhf_jax.quickstart.rewards import reward_models
 from rlhf_jax.quickstart.settings import Settings
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Interrupted, StopRequest, run, stop_on_signals
+from rlhf_jax.training.memory import peak_memory_gib, release_memory
 from rlhf_jax.training.metrics import MetricsWriter, host_metrics, read_metrics
 from rlhf_jax.training.sharding import make_mesh
 
@@ -183,22 +182,6 @@ def fetch_all(console: Console) -> None:
         console.say(f"Fetching {artefact.purpose} ({artefact.package} {artefact.version}, {artefact.license})")
         with console.stage(f"download {artefact.package}", artefact.size, unit="bytes") as bar:
             fetch(artefact, progress=lambda told: bar.update(told.done, total=told.total, note=told.step))
-
-
-def release_memory() -> None:
-    """Gives back to the system what a stage has freed: the C library keeps it otherwise, and the peak grows."""
-    gc.collect()
-    with contextlib.suppress(OSError, AttributeError, TypeError):  # not every C library can trim
-        ctypes.CDLL(None).malloc_trim(0)
-
-
-def peak_memory_gib() -> float:
-    """The largest resident size of this process so far."""
-    import resource
-    import sys
-
-    unit = 1 if sys.platform == "darwin" else 1024
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / 2**30
 
 
 # --- results ----------------------------------------------------------------------------------------------------------
