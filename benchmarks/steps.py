@@ -140,6 +140,8 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
     strong = lambda tree: jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x, np.int32), tree)
     limit = lambda: None if args.no_limit else matmul_seconds(case.products, args.devices)
     limits = [limit()]
+    release_memory()
+    peak_since_last()  # that of the timing is nobody's
     compiled: list[float] = []
 
     def listen(event: str, duration: float, **_: Any) -> None:

@@ -234,11 +234,13 @@ def update_epochs(
     config: Config,
     frozen: Any = None,
     axis_name: str | None = None,
+    microbatches: int = 1,
 ) -> tuple[TrainState, dict[str, Array]]:
     """All steps of one turn: `epochs` passes in a fresh random order, each in `minibatches` steps; metrics averaged.
 
+    `microbatches` splits the rows of every step, as in `update`.
     `key` is consumed; under a mapped axis give each device its own. B must be divisible by `minibatches`. Answers of a
     group may meet in different minibatches: they have been compared already.
     """
-    step = functools.partial(update, config=config, frozen=frozen, axis_name=axis_name)
+    step = functools.partial(update, config=config, frozen=frozen, axis_name=axis_name, microbatches=microbatches)
     return run_epochs(step, state, batch, key, epochs=epochs, minibatches=minibatches)

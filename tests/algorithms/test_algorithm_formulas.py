@@ -240,10 +240,11 @@ def turn_material():
     return actor_critic.init(params, linear, optax.adam(0.01)), batch
 
 
-def test_epochs_without_minibatches_are_updates_in_a_row():
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_epochs_without_minibatches_are_updates_in_a_row(microbatches):
     state, batch = turn_material()
     config = actor_critic.Config()
-    run = functools.partial(actor_critic.update_epochs, epochs=3, config=config)
+    run = functools.partial(actor_critic.update_epochs, epochs=3, config=config, microbatches=microbatches)
     found, metrics = jax.jit(run)(state, batch, jax.random.key(0))
     told = []
     for _ in range(3):
