@@ -63,7 +63,7 @@ def compile_step(task: str, model: str, way: str) -> tuple[Any, Any, Any]:
 
     from benchmarks import workloads
 
-    case = workloads.build(task, model, *([lean] if way == "lean" else []))
+    case = workloads.build(task, model, *([lean] if way == "lean" else []), microbatches=1)
     state = jax.tree.map(jnp.asarray, case.state)
     lowered = jax.jit(case.step, donate_argnums=0).lower(state, case.fixed, case.batch(0))
     options = SCHEDULE if way == "lean" and jax.default_backend() == "cpu" else None

@@ -14,6 +14,7 @@ import argparse
 import contextlib
 import functools
 import json
+import math
 import os
 import statistics
 import subprocess
@@ -35,7 +36,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--devices", type=int, default=2, help="host devices that the rows are split over")
     parser.add_argument("--steps", type=int, default=8, help="timed steps, after one that is not")
     parser.add_argument("--seconds", type=float, default=40.0, help="stop timing after about this long")
-    parser.add_argument("--microbatches", type=int, default=1, help="parts that every gradient is summed over")
+    parser.add_argument("--microbatches", type=int, help="parts that gradients are summed over, instead of the case's")
     parser.add_argument("--cache", help="folder of compiled programs that a second start reads")
     parser.add_argument("--flags", default="", help="more XLA_FLAGS")
     parser.add_argument("--no-limit", action="store_true", help="do not time the matrix products")
@@ -136,7 +137,9 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
 
     jax.block_until_ready(jax.numpy.zeros(()))
     peaks = {"started": peak_since_last()}
-    case = workloads.build(task, model, microbatches=args.microbatches)
+    sizes = workloads.sizes_of(task, model, args.microbatches)
+    parts = math.gcd(sizes.microbatches, sizes.rows * sizes.group // args.devices)  # of a device's rows
+    case = workloads.build(task, model, microbatches=parts)
     strong = lambda tree: jax.tree.map(lambda x: x if isinstance(x, jax.Array) else np.asarray(x, np.int32), tree)
     limit = lambda: None if args.no_limit else matmul_seconds(case.products, args.devices)
     limits = [limit()]
@@ -181,7 +184,7 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
         "task": task,
         "model": model,
         "devices": args.devices,
-        "microbatches": args.microbatches,
+        "microbatches": parts,
         "step_s": round(median, 4),
         "step_s_min": round(min(taken), 4),
         "steps": len(taken),

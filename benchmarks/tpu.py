@@ -45,7 +45,7 @@ def compile_step(args: argparse.Namespace, task: str, model: str, chips: int, ke
             self.writer = self.model = Transformer(config, kernel=KERNELS[kernel])
             self.log_probs = token_policy(self.model, prompt_length=sizes.prompt)
 
-    case = workloads.build(task, model, Setup)
+    case = workloads.build(task, model, Setup, microbatches=1)
     topology = topologies.get_topology_desc(platform="tpu", topology_name=args.topology)
     mesh = make_mesh(data=chips, devices=topology.devices[:chips])
 

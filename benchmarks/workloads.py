@@ -83,22 +83,30 @@ class Sizes:
 
 SIZES = {
     "gen": Sizes(16, 32, 64),
-    "sft": Sizes(8, 1, 127),
-    "reward": Sizes(8, 1, 127),
-    "dpo": Sizes(8, 32, 96),
-    "grpo": Sizes(8, 32, 64, group=4),
-    "rloo": Sizes(8, 32, 64, group=4),
-    "ppo": Sizes(32, 32, 64, epochs=4),
+    "sft": Sizes(8, 1, 127, microbatches=4),
+    "reward": Sizes(8, 1, 127, microbatches=4),
+    "dpo": Sizes(8, 32, 96, microbatches=4),
+    "grpo": Sizes(8, 32, 64, group=4, microbatches=4),
+    "rloo": Sizes(8, 32, 64, group=4, microbatches=4),
+    "ppo": Sizes(32, 32, 64, epochs=4, microbatches=4),
     "distill": Sizes(8, 32, 64),
 }
 
 
-def sizes_of(task: str, model: str, microbatches: int = 1) -> Sizes:
-    """The sizes of a case; PPO takes a single pass with the large model."""
-    sizes = dataclasses.replace(SIZES[task], microbatches=microbatches)
+def sizes_of(task: str, model: str, microbatches: int | None = None) -> Sizes:
+    """The sizes of a case. PPO takes a single pass with the large model.
+
+    Gradients of the small model are summed over parts whose activations stay in the processor's cache, unless
+    `microbatches` says otherwise; those of the large model are not, for its gradients are larger than that.
+    """
+    sizes = SIZES[task]
     if model == "tiny":
-        return dataclasses.replace(sizes, rows=4, prompt=min(sizes.prompt, 4), response=4, epochs=min(sizes.epochs, 2))
-    return dataclasses.replace(sizes, epochs=1) if model == "gpt2_124m" else sizes
+        sizes = dataclasses.replace(sizes, rows=4, prompt=min(sizes.prompt, 4), response=4, epochs=min(sizes.epochs, 2))
+    elif model == "gpt2_124m":
+        sizes = dataclasses.replace(sizes, epochs=1)
+    if microbatches is None:
+        microbatches = sizes.microbatches if model == "lm_small" else 1
+    return dataclasses.replace(sizes, microbatches=microbatches)
 
 
 class Case(NamedTuple):
@@ -385,7 +393,11 @@ TASKS: dict[str, Callable[[Setup], Case]] = {
 
 
 def build(
-    task: str, model: str, setup: Callable[[TransformerConfig, Sizes], Setup] = Setup, *, microbatches: int = 1
+    task: str,
+    model: str,
+    setup: Callable[[TransformerConfig, Sizes], Setup] = Setup,
+    *,
+    microbatches: int | None = None,
 ) -> Case:
-    """The case of a task and a model."""
+    """The case of a task and a model; `microbatches` as in `sizes_of`."""
     return TASKS[task](setup(MODELS[model], sizes_of(task, model, microbatches)))
