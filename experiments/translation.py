@@ -97,7 +97,8 @@ def prepare(pairs: list[tuple[str, str]], config: Config, seed: int) -> Data:
             f"{config.held_out + config.feedback} pairs of common words are needed; {len(common)} are there"
         )
     apart = common[: config.held_out + config.feedback]
-    shown = [pair for pair in order if pair not in set(apart)]
+    hidden = set(apart)
+    shown = [pair for pair in order if pair not in hidden]
     tokenizer = train_bpe((f" {text}" for pair in shown for text in pair), vocab_size=config.vocabulary)
     task, tokens = bench.task(tokenizer, config), lambda text: tokenizer.encode(f" {text}")
     fits = lambda pair: len(tokens(pair[0])) < config.prompt_length and len(tokens(pair[1])) < config.length
