@@ -1,13 +1,15 @@
 """Translation: short German phrases to English, from scripted comparisons by chrF.
 
 Method. A decoder of about a million weights, from scratch, reads a German phrase and writes an English one.
-  * Base (SFT): all pairs but those of some phrases of common words, which are held out or kept for feedback.
+  * Base (SFT), one for all seeds: phrases without words that occur once. Some phrases of common words are kept from it,
+    to be measured or for feedback.
   * Scripted comparisons: two sampled translations of a feedback phrase, of which the one with the higher chrF against
-    the reference is preferred. A Bradley-Terry reward model on the base's frozen states learns them; it is all that
-    AC-HF and PD get. The references reach nobody in any other way.
+    the reference is preferred. The base, trained whole on them, becomes a reward model that says what each token adds;
+    it is all that AC-HF and PD get. The references reach nobody in any other way.
   * AC-HF and PD start from the base. So does "base, extra updates", which takes as many supervised updates as AC-HF
     takes updates: if AC-HF and PD do not beat that, the table says so.
-Held-out phrases, greedy: mean chrF of a phrase, corpus BLEU (sacrebleu), 95 % bootstrap intervals over phrases.
+Seeds draw feedback phrases, comparisons and samples anew. Held-out phrases, greedy: mean chrF of a phrase and corpus
+BLEU (sacrebleu); 95 % bootstrap intervals over phrases, paired for gains.
 
 Data. Debian's trans-de-en (GPL-2+), fetched by `apt-get download`, pinned by hash, never part of this repository. Where
 apt is absent give `--pairs FILE`: lines of German, tab, English. `pip install 'rlhf_jax[translation]'`.
@@ -32,7 +34,7 @@ from jax import Array
 from rlhf_jax.algorithms import sft
 from rlhf_jax.data.bpe import train_bpe
 from rlhf_jax.data.tokenizer import BPETokenizer
-from rlhf_jax.errors import UserError, missing_extra
+from rlhf_jax.errors import UserError
 from rlhf_jax.feedback import teachers
 from rlhf_jax.generation.drawing import greedy
 from rlhf_jax.quickstart.report import Report, Result, StageTime
@@ -41,15 +43,10 @@ from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.phrases import load_pairs
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
 from rlhf_jax.recipes.sequences import FREE, Judged, Prompts, Task
+from rlhf_jax.recipes.translation_scores import METRICS, chrf, gain, half, scores
 from rlhf_jax.types import PreferenceBatch, Rollout
 
-try:
-    from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
-    from sacrebleu.metrics.chrf import CHRF  # pyright: ignore[reportMissingImports]
-except ImportError as error:
-    raise missing_extra(error.name or "sacrebleu", "translation", "score translations") from error
-
-WHO, METRICS = ("base", "base, extra updates", "AC-HF", "PD"), ("chrF", "BLEU")
+WHO = ("base", "base, extra updates", "AC-HF", "PD")
 Pairs = list[tuple[str, str]]
 
 
@@ -129,52 +126,19 @@ def written(data: Data, responses: Array) -> list[str]:
 
 def compared(data: Data, sample: Any, asked: Prompts, rows: Pairs, key: Array, count: int) -> PreferenceBatch:
     """Two sampled translations of each of `count` phrases, and which of the two has the higher chrF."""
-    keys, chrf = jax.random.split(key, 4), CHRF()
+    keys = jax.random.split(key, 4)
     asked = asked.rows(jax.random.randint(keys[0], (count,), 0, len(asked.tokens)))
-    right = [[rows[row][1]] for row in np.asarray(asked.truth)]
+    references = [rows[row][1] for row in np.asarray(asked.truth)]
     said = [sample(asked, key) for key in keys[1:3]]
-    texts = [written(data, rollout.responses) for rollout in said]
-    one, other = (jnp.array([chrf.sentence_score(*pair).score for pair in zip(x, right, strict=True)]) for x in texts)
+    one, other = (jnp.asarray(chrf(written(data, rollout.responses), references)) for rollout in said)
     answers = teachers.compare(one, other, keys[3], equal_within=1e-3)
     return teachers.preference_batch(said[0].inputs, said[1].inputs, answers)
 
 
-def bleu_counts(text: str, reference: str) -> list[int]:
-    """[10] What BLEU sums: n-grams matched and written, of four lengths, words written, words of the reference."""
-    score = BLEU(effective_order=True).sentence_score(text, [reference])
-    return [*score.counts, *score.totals, score.sys_len, score.ref_len]
-
-
-def corpus_bleu(counts: np.ndarray) -> float:
-    """Of phrases [N, 10]."""
-    total = counts.sum(0).tolist()
-    return BLEU.compute_bleu(total[:4], total[4:8], *total[8:], smooth_method="exp").score
-
-
 def measure(data: Data, see: Any, params: Any) -> dict[str, Any]:
-    """Greedy translations of held-out phrases: mean chrF of a phrase and corpus BLEU, each with bootstrap draws."""
-    texts, references = written(data, see(params, data.held_out)), [english for _, english in data.pairs[1]]
-    chrf, pairs = CHRF(), list(zip(texts, references, strict=True))
-    each = np.array([chrf.sentence_score(text, [reference]).score for text, reference in pairs])
-    counts = np.array([bleu_counts(*pair) for pair in pairs])
-    rows = np.random.default_rng(0).integers(0, len(each), (500, len(each)))  # the same phrases for everyone
-    return {
-        "chrF": {"score": float(each.mean()), "draws": [float(each[row].mean()) for row in rows]},
-        "BLEU": {"score": corpus_bleu(counts), "draws": [corpus_bleu(counts[row]) for row in rows]},
-        "words": {side: float(counts[:, column].mean()) for side, column in (("said", 8), ("references", 9))},
-        "said": texts[:40],
-    }
-
-
-def half(draws: Any) -> float:
-    """Half the 95 % interval of bootstrap draws."""
-    low, high = np.percentile(draws, (2.5, 97.5))
-    return float(high - low) / 2.0
-
-
-def gain(told: dict[str, Any], other: dict[str, Any]) -> dict[str, float]:
-    """Of one over another in a metric, paired: both have their bootstrap draws over the same phrases."""
-    return {"score": told["score"] - other["score"], "half": half(np.subtract(told["draws"], other["draws"]))}
+    """Greedy translations of held-out phrases and their scores."""
+    texts = written(data, see(params, data.held_out))
+    return scores(texts, [english for _, english in data.pairs[1]]) | {"said": texts[:40]}
 
 
 def run_seed(own: Bench, data: Data, base: Any, config: Config) -> dict[str, Any]:

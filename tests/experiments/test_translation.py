@@ -42,18 +42,6 @@ def test_phrases_apart_are_of_common_words_and_nobody_is_shown_them(translation)
         translation.prepare(pairs, dataclasses.replace(config, common=100))
 
 
-def test_bleu_of_counts_is_that_of_the_texts_and_gains_are_paired(translation):
-    said = ["to go to the house now", "a red house is there", "he is", "we see them all here"]
-    right = ["to go to the old house", "a red house is there", "he was here", "we see them here"]
-    score = lambda pair: translation.bleu_counts(*pair)
-    counts = np.array([score(pair) for pair in zip(said, right, strict=True)])
-    expected = translation.BLEU().corpus_score(said, [right]).score
-    assert translation.corpus_bleu(counts) == pytest.approx(expected)
-    one, other = {"score": 3.0, "draws": [1.0, 5.0, 3.0]}, {"score": 2.0, "draws": [0.0, 4.0, 2.0]}
-    assert translation.gain(one, other) == {"score": 1.0, "half": 0.0}
-    assert translation.half(range(1001)) == pytest.approx(475.0)
-
-
 @pytest.mark.slow
 def test_the_smoke_run_leaves_a_labelled_folder_and_resumes(translation, tmp_path, capsys):
     path = tmp_path / "pairs.tsv"
