@@ -85,10 +85,10 @@ def test_the_metric_of_rewards_is_of_whole_answers():
 
 
 def test_rewards_of_tokens_give_step_weights_and_a_student_that_follows_them(base):
-    rated = jax.jit(lambda: rate(TASK, base, PROMPTS, jax.random.key(5), judge=judge_tokens, samples=16))()
-    assert rated.rewards.shape == rated.mask.shape == (4, 16, 2)
+    rated = jax.jit(lambda: rate(TASK, base, PROMPTS, jax.random.key(5), judge=judge_tokens, samples=256))()
+    assert rated.rewards.shape == rated.mask.shape == (4, 256, 2)
     weights, _ = tilt(rated, beta=0.5)
-    before, done = jnp.zeros((4, 16, 2)).at[..., 1].set(rated.rewards[..., 0]), rated.rewards.sum(-1)
+    before, done = jnp.zeros((4, 256, 2)).at[..., 1].set(rated.rewards[..., 0]), rated.rewards.sum(-1)
     for row in range(4):
         expected = human_step_weights(before[row], done[row], rated.mask[row], beta=0.5)
         np.testing.assert_allclose(weights[row], expected, rtol=1e-5)
