@@ -27,10 +27,10 @@ from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.quickstart.context import adam
 from rlhf_jax.quickstart.report import Plot
-from rlhf_jax.recipes import sequences, teacher_samples
+from rlhf_jax.recipes import sequences, teacher_samples, token_reward
 from rlhf_jax.recipes.run_folder import RunFolder
 from rlhf_jax.recipes.sequences import Constraint, Judge, Prompts, Task
-from rlhf_jax.types import TokenInputs
+from rlhf_jax.types import PreferenceBatch, TokenInputs
 
 __all__ = [
     "Bench",
@@ -42,6 +42,7 @@ __all__ = [
     "grpo",
     "pd",
     "prompts",
+    "reward_model",
     "task",
     "trained_on",
 ]
@@ -161,6 +162,14 @@ def _supervised(bench: Bench, number: int, name: str, state: Any, batch: sft.Bat
     chunk = min(bench.settings.chunk, updates)
     learn = jax.jit(functools.partial(sequences.supervise, updates=chunk, rows=rows))
     return bench.stage(number, name, lambda state, key: learn(state, batch, key), state, updates // chunk).params
+
+
+def reward_model(bench: Bench, base: Any, pairs: PreferenceBatch, *, updates: int, rate: float) -> Any:
+    """The base as a reward model that is trained whole; a scorer for `token_reward.parts`."""
+    chunk = min(bench.settings.chunk, updates)
+    learn = jax.jit(functools.partial(token_reward.learn, updates=chunk, rows=bench.settings.batch))
+    start = token_reward.init(bench.task, base, adam(rate, updates))
+    return bench.stage(11, "reward model", lambda state, key: learn(state, pairs, key), start, updates // chunk).params
 
 
 def ac_hf(

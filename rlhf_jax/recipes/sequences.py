@@ -70,11 +70,11 @@ class Prompts:
 
 
 class Judged(NamedTuple):
-    """What feedback says about answers."""
+    """What feedback says about answers, each [B]; or each [B, R] about their tokens, which AC-HF and PD can take."""
 
-    rewards: Array  # [B] float32
-    costs: Array  # [B] float32, what a constraint limits; zeros where there is none
-    at_stake: Array  # [B] bool, answers whose cost counts in the mean that is limited
+    rewards: Array  # float32
+    costs: Array  # float32, what a constraint limits; zeros where there is none
+    at_stake: Array  # bool, answers whose cost counts in the mean that is limited
 
 
 Judge = Callable[[Rollout, Any, Array], Judged]  # (rollout, truth of its rows, reference's states [B, R, D])
@@ -252,6 +252,6 @@ def ascend(lagrange: Lagrange, judged: Judged, constraint: Constraint) -> tuple[
     cost = masking.masked_mean(judged.costs, judged.at_stake)
     measured = jnp.where(jnp.any(judged.at_stake), cost, constraint.limit)
     lagrange = constraints.update_lagrange(lagrange, measured, limit=constraint.limit, learning_rate=constraint.rate)
-    everyone = jnp.ones(judged.rewards.shape, bool)
-    told = {"human/reward": masking.masked_mean(judged.rewards, everyone), "constraint/cost": cost}
+    whole = judged.rewards.reshape(len(judged.rewards), -1).sum(-1)  # of answers, also where tokens are judged
+    told = {"human/reward": masking.masked_mean(whole, jnp.ones(whole.shape, bool)), "constraint/cost": cost}
     return lagrange, told | {"constraint/multiplier": lagrange.multiplier}

@@ -27,7 +27,7 @@ class Rated:
 
     inputs: TokenInputs  # [N, K, P + R]
     mask: Array  # [N, K, R] bool
-    rewards: Array  # [N, K]
+    rewards: Array  # [N, K], or [N, K, R] of tokens; so the following
     costs: Array  # [N, K]
     at_stake: Array  # [N, K] bool
 
@@ -43,17 +43,19 @@ def rate(task: Task, params: dict, prompts: Prompts, key: Array, *, judge: Judge
 def tilt(rated: Rated, *, beta: ArrayLike, constraint: Constraint = FREE, steps: int = 0) -> tuple[Array, Lagrange]:
     """Human weights of the teacher's samples, of mean 1 within each prompt: w ∝ exp((r - λ c) / β).
 
+    Rewards of tokens give weights of tokens: `human_step_weights`, if a reward is what the token added to the value.
     λ is found by `steps` steps of dual ascent on the mean cost that the reweighted teacher has; 0 steps leave it at
     `constraint.start`. It is not divided by 1 + λ as in `learn`: that would be another β for the rewards.
 
     Returns:
-      ([N, K] weights, the multiplier).
+      ([N, K] or [N, K, R] weights, the multiplier).
     """
     rewards, costs = rated.rewards, rated.costs
+    counted = rated.mask if rewards.ndim == rated.mask.ndim else jnp.ones(rewards.shape, bool)
 
     def weigh(lagrange: Lagrange) -> Array:
         mixed = rewards - lagrange.multiplier * costs
-        return jax.vmap(functools.partial(human_weights, beta=beta))(mixed, jnp.ones(mixed.shape, bool))
+        return jax.vmap(functools.partial(human_weights, beta=beta))(mixed, counted)
 
     def step(lagrange: Lagrange, _: None) -> tuple[Lagrange, None]:
         weighted = Judged(rewards, weigh(lagrange) * costs, rated.at_stake)
@@ -66,12 +68,14 @@ def tilt(rated: Rated, *, beta: ArrayLike, constraint: Constraint = FREE, steps:
 def distil(
     state: TrainState, teacher: dict, rated: Rated, weights: Array, key: Array, *, task: Task, updates: int, rows: int
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Updates of PD on rated samples [N, K], drawn by `policy_distillation.proposal`; metrics averaged.
+    """Updates of PD on rated samples [N, K]; metrics averaged.
+
+    With weights of answers, rows are drawn by `policy_distillation.proposal`; with weights of tokens, all alike.
 
     `state.apply_fn` is `models.policies.student(...)` over {"student": ..., "teacher_table": ...}.
     """
     flat = jax.tree.map(lambda x: x.reshape(-1, *x.shape[2:]), (rated.inputs, rated.mask, weights))
-    probabilities, importance = policy_distillation.proposal(flat[2])
+    probabilities, importance = policy_distillation.proposal(flat[2] if flat[2].ndim == 1 else jnp.ones(len(flat[2])))
     frozen = {"teacher_table": output_table(teacher)}
 
     def update(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:

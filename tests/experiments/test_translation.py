@@ -1,11 +1,15 @@
-"""The translation script: its smoke run on a file of pairs."""
+"""The translation script: what it holds out, how it measures, and its smoke run on a file of pairs."""
 
+import dataclasses
 import importlib.util
 import json
 import pathlib
 import sys
 
+import numpy as np
 import pytest
+
+from rlhf_jax.errors import UserError
 
 PATH = pathlib.Path(__file__).parents[2] / "experiments" / "translation.py"
 
@@ -19,6 +23,23 @@ def translation():
     sys.modules["translation"] = module
     spec.loader.exec_module(module)
     return module
+
+
+def test_phrases_apart_are_of_common_words_and_nobody_is_shown_them(translation):
+    pairs = [(f"{a} {b}", f"{c} {d}") for a, c in NUMBERS for b, d in NOUNS] + [("ein Wal", "a whale")]
+    config = translation.Config(**translation.SMOKE | {"common": 6, "known": 2, "prompt_length": 20, "length": 20})
+    data = translation.prepare(pairs, config)
+    feedback, held_out = data.pairs
+    assert (len(feedback), len(held_out)) == (24, 12)
+    assert not set(feedback) & set(held_out)
+    assert len(data.demonstrations.mask) == len(pairs) - 36 - 1  # nor are words demonstrated that occur once
+    whole = translation.prepare(pairs, dataclasses.replace(config, known=1))
+    assert len(whole.demonstrations.mask) == len(pairs) - 36
+    shown = whole.tokenizer.decode(np.asarray(whole.demonstrations.inputs.tokens).ravel())
+    assert "whale" in shown
+    assert not any(f"{german} {english}" in shown for german, english in feedback + held_out)
+    with pytest.raises(UserError, match="36 pairs of common words are needed; 0 are there"):
+        translation.prepare(pairs, dataclasses.replace(config, common=100))
 
 
 @pytest.mark.slow

@@ -9,13 +9,14 @@ import optax
 import pytest
 
 from rlhf_jax import constraints
-from rlhf_jax.algorithms import actor_critic, group
+from rlhf_jax.algorithms import actor_critic, group, policy_distillation
+from rlhf_jax.losses.human_distillation import human_step_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
 from rlhf_jax.models.transformer import Transformer, TransformerConfig
 from rlhf_jax.recipes import sequences
 from rlhf_jax.recipes.sequences import Constraint, Judged, Prompts, Task
-from rlhf_jax.recipes.teacher_samples import Rated, tilt
+from rlhf_jax.recipes.teacher_samples import Rated, distil, rate, tilt
 from rlhf_jax.types import TokenInputs
 
 SHAPE = TransformerConfig(vocab_size=6, width=8, num_layers=1, num_heads=1, num_kv_heads=1, head_dim=8, mlp_width=16)
@@ -36,8 +37,15 @@ def base():
     return TASK.model.init(jax.random.key(0), one, one == 0, method="initialise")["params"]
 
 
-@pytest.mark.parametrize("method", ["ac_hf", "grpo"])
-def test_a_checkable_reward_is_learnt(base, method):
+def judge_tokens(rollout, truth, states):
+    """The same reward, for the token that earns it."""
+    told = judge(rollout, truth, states)
+    first = jnp.pad(told.rewards[:, None], ((0, 0), (0, 1)))
+    return Judged(first, jnp.zeros_like(first), jnp.zeros(first.shape, bool))
+
+
+@pytest.mark.parametrize(("method", "judge"), [("ac_hf", judge), ("ac_hf", judge_tokens), ("grpo", judge)])
+def test_a_checkable_reward_is_learnt(base, method, judge):
     knobs = {"task": TASK, "judge": judge, "turns": 30, "rows": 16, "minibatches": 1}
     if method == "ac_hf":
         params = {"actor": base, "critic": CRITIC.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]}
@@ -64,6 +72,33 @@ def test_the_multiplier_follows_answers_at_stake_alone():
     assert float(told["constraint/cost"]) == 0.5
     nobody = judged._replace(at_stake=jnp.zeros(3, bool))
     assert float(sequences.ascend(state, nobody, Constraint(0.1, 0.5))[0].multiplier) == float(state.multiplier)
+
+
+def test_the_metric_of_rewards_is_of_whole_answers():
+    answers, tokens = jnp.array([1.0, 2.0]), jnp.array([[0.5, 0.5], [2.0, 0.0]])
+    lagrange = constraints.init_lagrange()
+    told = [
+        sequences.ascend(lagrange, Judged(x, jnp.zeros_like(x), jnp.zeros(x.shape, bool)), sequences.FREE)[1]
+        for x in (answers, tokens)
+    ]
+    assert [float(x["human/reward"]) for x in told] == [1.5, 1.5]
+
+
+def test_rewards_of_tokens_give_step_weights_and_a_student_that_follows_them(base):
+    rated = jax.jit(lambda: rate(TASK, base, PROMPTS, jax.random.key(5), judge=judge_tokens, samples=256))()
+    assert rated.rewards.shape == rated.mask.shape == (4, 256, 2)
+    weights, _ = tilt(rated, beta=0.5)
+    before, done = jnp.zeros((4, 256, 2)).at[..., 1].set(rated.rewards[..., 0]), rated.rewards.sum(-1)
+    for row in range(4):
+        expected = human_step_weights(before[row], done[row], rated.mask[row], beta=0.5)
+        np.testing.assert_allclose(weights[row], expected, rtol=1e-5)
+    start = {"student": base}
+    state = policy_distillation.init(start, policies.student(TASK.model, prompt_length=2), optax.adam(1e-2))
+    learn = jax.jit(functools.partial(distil, task=TASK, updates=60, rows=16))
+    state, _ = learn(state, base, rated, weights, jax.random.key(6))
+    again = jax.jit(lambda params: rate(TASK, params, PROMPTS, jax.random.key(7), judge=judge_tokens, samples=64))
+    rewards = [float(again(params).rewards.sum(-1).mean()) for params in (base, state.params["student"])]
+    assert rewards[1] > rewards[0] + 0.2
 
 
 def test_tilted_weights_have_mean_one_and_meet_the_limit():
