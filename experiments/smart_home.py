@@ -190,6 +190,8 @@ def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], 
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/smart_home", smoke=SMOKE, arguments=arguments)
+    if smoke:  # compiling is most of it
+        jax.config.update("jax_disable_most_optimizations", True)
     versions = {name: importlib.metadata.version(name) for name in ("home-assistant-intents", "hassil", "tokenizers")}
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "versions": versions}) as folder:
         sample = functools.partial(sample_commands, per_template=config.per_template, most=config.templates)
