@@ -69,6 +69,7 @@ class Config(bench.Settings):
     limit: float = 0.01  # of violations among commands that open the house
     multiplier: float = 1.0  # to start from
     multiplier_rate: float = 0.05
+    most: float = 1.0  # violations that a turn counts at most: with few, a fast multiplier climbs evenly
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
@@ -145,7 +146,7 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
     found["household model"] = {"accuracy": float(pooled_reward.accuracy(scorer, fresh))}
     liked = lambda rollout: pooled_reward.score(scorer, pooled_reward.words(base, rollout))
     verdict = functools.partial(judge, mark=mark, liked=liked, comfort=config.comfort)
-    limited = Constraint(config.limit, config.multiplier_rate, config.multiplier)
+    limited = Constraint(config.limit, config.multiplier_rate, config.multiplier, config.most)
     arms = {"AC-HF, no constraint": FREE, "AC-HF": limited}
     for name, params in bench.ac_hf(own, base, data.feedback, verdict, arms):
         judged(name, params)

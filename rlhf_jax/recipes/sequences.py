@@ -5,6 +5,7 @@ Every function runs several updates inside one `lax.scan` and draws its rows fro
 its prompts, and of the frozen reference's states, which a learned reward model may read.
 """
 
+import dataclasses
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -86,6 +87,7 @@ class Constraint(NamedTuple):
     limit: ArrayLike = 1.0
     rate: ArrayLike = 0.0  # η of the dual ascent
     start: ArrayLike = 0.0  # multiplier to start from, reward units per cost unit
+    most: ArrayLike = jnp.inf  # mean cost that one step counts at most: far from the limit the multiplier climbs evenly
 
 
 FREE = Constraint()
@@ -164,6 +166,9 @@ def learn(
 ) -> tuple[Learner, dict[str, Array]]:
     """Turns of AC-HF: answer, be judged, learn. The multiplier follows the mean cost of the answers at stake.
 
+    Under a multiplier λ the policy maximises (E[r - λ c] - β KL) / (1 + λ): the pull towards the reference is divided
+    like the reward (`constraints.penalised_rewards`), or a large λ would hold the policy at the reference.
+
     Args:
       learner: to go on from.
       reference: parameters of the frozen reference.
@@ -189,7 +194,7 @@ def learn(
             head_log_probs(states, output_table(reference), rollout.responses),
             train.apply_fn(train.params, rollout.inputs).values,
             constraints.penalised_rewards(judged.rewards, judged.costs, learner.lagrange.multiplier),
-            kl_coefficient=learner.agent.kl.coefficient,
+            kl_coefficient=learner.agent.kl.coefficient / (1.0 + learner.lagrange.multiplier),
             config=config,
         )
         agent, learnt = actor_critic.update_epochs(
@@ -232,8 +237,10 @@ def learn_in_groups(
             head_log_probs(states, output_table(reference), rollout.responses),
             config=config,
         )
+        pull = None if config.kl_weight is None else config.kl_weight / (1.0 + learner.lagrange.multiplier)
+        pulled = dataclasses.replace(config, kl_weight=pull)
         train, learnt = group.update_epochs(
-            learner.train, batch, update_key, epochs=1, minibatches=minibatches, config=config
+            learner.train, batch, update_key, epochs=1, minibatches=minibatches, config=pulled
         )
         lagrange, limited = ascend(learner.lagrange, judged, constraint)
         return GroupLearner(train, lagrange), told | learnt | limited
@@ -250,7 +257,7 @@ def repeated(tree: Any, times: int) -> Any:
 def ascend(lagrange: Lagrange, judged: Judged, constraint: Constraint) -> tuple[Lagrange, dict[str, Array]]:
     """One step of the multiplier; where no answer is at stake it stays. Metrics: reward, cost, multiplier."""
     cost = masking.masked_mean(judged.costs, judged.at_stake)
-    measured = jnp.where(jnp.any(judged.at_stake), cost, constraint.limit)
+    measured = jnp.where(jnp.any(judged.at_stake), jnp.minimum(cost, constraint.most), constraint.limit)
     lagrange = constraints.update_lagrange(lagrange, measured, limit=constraint.limit, learning_rate=constraint.rate)
     whole = judged.rewards.reshape(len(judged.rewards), -1).sum(-1)  # of answers, also where tokens are judged
     told = {"human/reward": masking.masked_mean(whole, jnp.ones(whole.shape, bool)), "constraint/cost": cost}

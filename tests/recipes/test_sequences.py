@@ -10,6 +10,7 @@ import pytest
 
 from rlhf_jax import constraints
 from rlhf_jax.algorithms import actor_critic, group, policy_distillation
+from rlhf_jax.group_advantages import group_centred
 from rlhf_jax.losses.human_distillation import human_step_weights
 from rlhf_jax.models import policies
 from rlhf_jax.models.heads import ScalarHead
@@ -64,12 +65,39 @@ def test_a_checkable_reward_is_learnt(base, method, judge):
     assert float(after["constraint/multiplier"]) == 0.0  # the default constrains nothing
 
 
+@pytest.mark.parametrize("method", ["ac_hf", "grpo"])
+def test_the_multiplier_divides_the_rewards_and_the_pull_towards_the_reference_alike(base, method):
+    reference = jax.tree.map(lambda x: 0.5 * x, base)
+
+    def learnt(multiplier, scale):
+        scaled = lambda *seen: (told := judge(*seen))._replace(rewards=scale * told.rewards, costs=0.0 * told.costs)
+        knobs = {"task": TASK, "judge": scaled, "turns": 3, "rows": 4, "minibatches": 1}
+        lagrange = constraints.init_lagrange(multiplier)
+        if method == "ac_hf":
+            params = {"actor": base, "critic": CRITIC.init(jax.random.key(1), jnp.zeros((1, 8)))["params"]}
+            apply = sequences.actor_critic_policy(TASK, CRITIC)
+            agent = actor_critic.init(params, apply, optax.adam(1e-2), kl_coefficient=2.0 * scale)
+            call = functools.partial(sequences.learn, config=actor_critic.Config(), **knobs)
+            learner = sequences.Learner(agent, lagrange)
+            return jax.jit(call)(learner, reference, PROMPTS, jax.random.key(2))[0].agent.train.params["actor"]
+        train = group.init(base, policies.token_policy(TASK.model, prompt_length=2), optax.adam(1e-2))
+        config = group.Config(group=4, advantages=group_centred, kl_weight=2.0 * scale)
+        call = functools.partial(sequences.learn_in_groups, config=config, **knobs)
+        learner = sequences.GroupLearner(train, lagrange)
+        return jax.jit(call)(learner, reference, PROMPTS, jax.random.key(2))[0].train.params
+
+    jax.tree.map(functools.partial(np.testing.assert_allclose, atol=1e-5), learnt(3.0, 1.0), learnt(0.0, 0.25))
+
+
 def test_the_multiplier_follows_answers_at_stake_alone():
     costs, stake = jnp.array([1.0, 0.0, 1.0]), jnp.array([True, True, False])
     judged = Judged(jnp.zeros(3), costs, stake)
     state, told = sequences.ascend(constraints.init_lagrange(1.0), judged, Constraint(0.1, 0.5))
     assert float(state.multiplier) == pytest.approx(1.0 + 0.5 * (0.5 - 0.1))
     assert float(told["constraint/cost"]) == 0.5
+    bounded = sequences.ascend(constraints.init_lagrange(1.0), judged, Constraint(0.1, 0.5, most=0.2))
+    assert float(bounded[0].multiplier) == pytest.approx(1.0 + 0.5 * (0.2 - 0.1))
+    assert float(bounded[1]["constraint/cost"]) == 0.5  # what is told is not bounded
     nobody = judged._replace(at_stake=jnp.zeros(3, bool))
     assert float(sequences.ascend(state, nobody, Constraint(0.1, 0.5))[0].multiplier) == float(state.multiplier)
 
