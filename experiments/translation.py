@@ -74,9 +74,9 @@ class Config(bench.Settings):
     beta: float = 0.3
 
 
-SMOKE = {"common": 1, "held_out": 12, "feedback": 24, "vocabulary": 300, "width": 32, "layers": 1, "base_updates": 4,
-         "asked": 24, "scorer_updates": 2, "comparisons": 64, "turns": 2, "answers": 64, "pool": 64,
-         "chunk": 2}  # fmt: skip
+SMOKE = {"common": 1, "known": 1, "held_out": 12, "feedback": 24, "vocabulary": 300, "prompt_length": 24, "length": 24,
+         "width": 32, "layers": 1, "base_updates": 4, "asked": 24, "comparisons": 64, "scorer_updates": 2, "turns": 2,
+         "answers": 64, "pool": 64, "chunk": 2}  # fmt: skip
 
 
 class Data(NamedTuple):
@@ -206,7 +206,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/translation", smoke=SMOKE, arguments=arguments)
     if smoke:
         jax.config.update("jax_disable_most_optimizations", True)  # compiling would take most of the time
-    pairs = load_pairs(config.pairs)
+    pairs = load_pairs(config.pairs)[: 2_000 if smoke else None]
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "data": digest}) as folder:
 
