@@ -41,8 +41,9 @@ def by_backend(
     """The fastest attention that is exact here: `cudnn` on a GPU, `splash` on a TPU, otherwise `attention.attend`.
 
     cuDNN takes float16 and bfloat16, heads of at most 128 dimensions (a multiple of 8), an even number of tokens, and
-    no soft cap. The splash kernel takes 128 tokens or more, where it is known on which chip every row lies: on a single
-    device, inside `pmap` or `shard_map`, and under `jax.set_mesh(mesh)`.
+    no soft cap. The splash kernel takes 128 tokens or more without a window (with one it is exact only for texts in one
+    piece, so that has to be asked for), where it is known on which chip every row lies: on a single device, inside
+    `pmap` or `shard_map`, and under `jax.set_mesh(mesh)`.
 
     Args:
       query: [B, T, N, H].
@@ -60,7 +61,8 @@ def by_backend(
     if backend == "gpu" and half and cap is None and head_dim <= 128 and head_dim % 8 == 0 and tokens % 2 == 0:
         return cudnn(query, key, value, allowed, text, **sight)
     placed = jax.device_count() == 1 or not jax.sharding.get_abstract_mesh().empty
-    if backend == "tpu" and tokens >= LANES and placed:
+    whole = window is None or window >= tokens
+    if backend == "tpu" and tokens >= LANES and whole and placed:
         return splash(query, key, value, allowed, text, **sight)
     return attend(query, key, value, allowed, scale=scale, cap=cap)
 

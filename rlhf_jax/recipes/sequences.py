@@ -6,6 +6,7 @@ its prompts, and of the frozen reference's states, which a learned reward model 
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -125,16 +126,27 @@ def act(
     )
 
 
+Update = Callable[[TrainState, Any], tuple[TrainState, dict[str, Array]]]
+_SFT: Update = functools.partial(sft.update, config=sft.Config())
+
+
 def supervise(
-    state: TrainState, batch: sft.Batch, key: Array, *, updates: int, rows: int
+    state: TrainState,
+    batch: Any,
+    key: Array,
+    *,
+    updates: int,
+    rows: int,
+    update: Update = _SFT,
 ) -> tuple[TrainState, dict[str, Array]]:
-    """Supervised updates on rows of `batch`, drawn with replacement; metrics averaged."""
+    """Updates on rows of `batch`, drawn with replacement, of `sft` if nothing else is said; metrics averaged."""
+    count = len(jax.tree.leaves(batch)[0])
 
-    def update(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        index = jax.random.randint(key, (rows,), 0, len(batch.mask))
-        return sft.update(state, jax.tree.map(lambda x: x[index], batch), config=sft.Config())
+    def step(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
+        index = jax.random.randint(key, (rows,), 0, count)
+        return update(state, jax.tree.map(lambda x: x[index], batch))
 
-    state, metrics = jax.lax.scan(update, state, jax.random.split(key, updates))
+    state, metrics = jax.lax.scan(step, state, jax.random.split(key, updates))
     return state, jax.tree.map(jnp.mean, metrics)
 
 

@@ -6,9 +6,9 @@ sees once it has read a token. The score of an answer is the sum over its tokens
 PD as gains of value: for either the best policy is that of the whole score at the end.
 """
 
+import functools
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from flax.training.train_state import TrainState
@@ -16,6 +16,7 @@ from jax import Array
 
 from rlhf_jax import masking
 from rlhf_jax.algorithms import reward_model
+from rlhf_jax.recipes import sequences
 from rlhf_jax.recipes.sequences import Task
 from rlhf_jax.types import PreferenceBatch, TokenInputs
 
@@ -40,12 +41,8 @@ def learn(
 ) -> tuple[TrainState, dict[str, Array]]:
     """Updates on rows of `pairs` (of `TokenInputs`), drawn with replacement; metrics averaged."""
 
-    def update(state: TrainState, key: Array) -> tuple[TrainState, dict[str, Array]]:
-        index = jax.random.randint(key, (rows,), 0, len(pairs.weight))
-        return reward_model.update(state, jax.tree.map(lambda x: x[index], pairs), config=reward_model.Config())
-
-    state, metrics = jax.lax.scan(update, state, jax.random.split(key, updates))
-    return state, jax.tree.map(jnp.mean, metrics)
+    update = functools.partial(reward_model.update, config=reward_model.Config())
+    return sequences.supervise(state, pairs, key, updates=updates, rows=rows, update=update)
 
 
 def accuracy(task: Task, scorer: Any, pairs: PreferenceBatch) -> Array:

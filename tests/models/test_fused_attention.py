@@ -158,6 +158,8 @@ def test_cudnn_has_no_soft_cap():
         ("tpu", jnp.float32, 1, {}, "splash"),
         ("tpu", jnp.float32, 1, {"cap": 2.0}, "splash"),
         ("tpu", jnp.float32, 1, {"tokens": 127}, "attend"),
+        ("tpu", jnp.float32, 1, {"window": T - 1}, "attend"),  # padding inside a text would be counted
+        ("tpu", jnp.float32, 1, {"window": T}, "splash"),
         ("tpu", jnp.float32, 4, {}, "attend"),
         ("tpu", jnp.float32, 4, {"mesh": True}, "splash"),
     ],
@@ -168,7 +170,8 @@ def test_the_backend_decides(monkeypatch, backend, dtype, devices, change, chose
     for name in ("attend", "cudnn", "splash"):
         monkeypatch.setattr(fused_attention, name, lambda *_, name=name, **__: name)
     query, key, value = (x[:, : change.get("tokens", T)] for x in inputs(dtype))
-    run = lambda: by_backend(query, key, value, None, None, window=None, scale=1.0, cap=change.get("cap"))
+    sight = {"window": change.get("window"), "cap": change.get("cap")}
+    run = lambda: by_backend(query, key, value, None, None, scale=1.0, **sight)
     if change.get("mesh"):
         with jax.set_mesh(make_mesh(data=2, devices=jax.devices()[:2])):
             assert run() == chosen
