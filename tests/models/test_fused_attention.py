@@ -141,6 +141,16 @@ def test_cudnn_gets_the_mask_and_forms_no_scores(monkeypatch):
     assert f"{T}x{T}xf32" not in program
 
 
+@pytest.mark.parametrize("window", [None, 7])
+def test_what_cudnn_is_asked_for_is_attend(monkeypatch, window):
+    ask = jax.nn.dot_product_attention
+    xla = lambda *x, implementation, **options: ask(*x, **options, implementation="xla")
+    monkeypatch.setattr(jax.nn, "dot_product_attention", xla)
+    mask, allowed, text = sight(True, window)
+    kernel = lambda *x: cudnn(*x, allowed, text, window=window, scale=0.3)
+    agree(kernel, lambda *x: attend(*x, allowed, scale=0.3), mask, *inputs())
+
+
 def test_cudnn_has_no_soft_cap():
     with pytest.raises(ValueError, match=r"no soft cap, got cap=2\.0"):
         cudnn(*inputs(jnp.bfloat16), None, None, window=None, scale=1.0, cap=2.0)
