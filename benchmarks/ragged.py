@@ -1,7 +1,7 @@
 """Generation of ragged work: ``python -m benchmarks.ragged`` prints one JSON line per way of serving the same queue.
 
-Prompts of 8 to 120 tokens ask for responses of 4 to 200, both log-normal (heavy-tailed); the last two tokens of a
-prompt say how many it wants. `dense` has as many tokens, all rows alike, and is what the others are measured by:
+Prompts of 8 to 120 tokens ask for responses of 4 to 200 (`--longest`), both log-normal (heavy-tailed); the last two
+tokens of a prompt say how many it wants. `dense` has as many tokens, all rows alike, and is what the others are measured by:
 `share` is their real tokens per second over its. Rows are split over the devices; each device serves its own.
 
     python -m benchmarks.ragged --model lm_small --prompts 64 --slots 16 --devices 2
@@ -28,15 +28,17 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--prompts", type=int, default=64)
     parser.add_argument("--slots", type=int, default=16, help="rows that are generated at a time, on all devices")
     parser.add_argument("--devices", type=int, default=2)
+    parser.add_argument("--longest", type=int, default=RESPONSE[1], help="tokens of the longest response")
+    parser.add_argument("--widths", type=int, default=3, help="parts of the cache that the queue's steps can run on")
     parser.add_argument("--rounds", type=int, default=3, help="timed rounds; the ways take turns")
     return parser.parse_args()
 
 
-def lengths(count: int) -> tuple[np.ndarray, np.ndarray]:
+def lengths(count: int, longest: int = RESPONSE[1]) -> tuple[np.ndarray, np.ndarray]:
     """Prompt and response lengths [count]."""
     rng = np.random.default_rng(0)
     draw = lambda median, spread, ends: np.clip(rng.lognormal(np.log(median), spread, count).astype(int), *ends)
-    return draw(32, 0.7, PROMPT), draw(40, 1.0, RESPONSE)
+    return draw(32, 0.7, PROMPT), draw(40, 1.0, (RESPONSE[0], longest))
 
 
 def left_padded(prompts: np.ndarray, room: int, wanted: np.ndarray, seed: int = 1) -> tuple[np.ndarray, np.ndarray]:
@@ -84,8 +86,8 @@ def ways(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict[s
         return jnp.sum(rollout.response_mask, axis=-1)
 
     def queue(params: Any, tokens: jax.Array, mask: jax.Array, keys: jax.Array) -> jax.Array:
-        settings = {"length": RESPONSE[1], "end_token": -1, "pad_token": 0, "stop": stop}
-        done = generate_queue(model, params, tokens, mask, keys, slots=slots, **settings)
+        settings = {"length": args.longest, "end_token": -1, "pad_token": 0, "stop": stop}
+        done = generate_queue(model, params, tokens, mask, keys, slots=slots, widths=args.widths, **settings)
         return jnp.sum(done.rollout.response_mask, axis=-1)
 
     def batches(order: np.ndarray, *, dense: bool = False) -> Callable[[], np.ndarray]:
@@ -94,13 +96,13 @@ def ways(args: argparse.Namespace) -> tuple[dict[str, Callable[[], Any]], dict[s
             own = prompts[part], responses[part]
             if dense:
                 own = tuple(np.full(len(part), round(x.mean())) for x in (prompts, responses))
-            room, length = int(own[0].max()), int(own[1].max()) if dense else RESPONSE[1]
+            room, length = int(own[0].max()), int(own[1].max()) if dense else args.longest
             if not dense:
                 room = min(-(-room // 32) * 32, PROMPT[1])  # few shapes, few compilations
             calls.append(served(functools.partial(batch, length), *left_padded(own[0], room, own[1])))
         return lambda: np.concatenate([np.asarray(call()) for call in calls])
 
-    prompts, responses = lengths(args.prompts)
+    prompts, responses = lengths(args.prompts, args.longest)
     first_come = np.arange(args.prompts)
     all_rows = served(queue, *left_padded(prompts, PROMPT[1], responses))
     calls = {

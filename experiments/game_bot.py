@@ -38,7 +38,7 @@ from rlhf_jax.quickstart.report import Clip, Plot, Report, Result, Series, Stage
 from rlhf_jax.recipes import clips, control_distillation, step_feedback
 from rlhf_jax.recipes.control_distillation import distil, student_network
 from rlhf_jax.recipes.preference_control import Learner, acting, networks, one_round, start
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
 
 PARTS = ("cartpole", "tamer", "coach", "breakout")
 
@@ -194,8 +194,8 @@ def report(folder: RunFolder, tag: str, found: dict[str, dict[str, Any]], config
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/game_bot", smoke=SMOKE, arguments=arguments)
-    if smoke:  # compiling is most of it
-        jax.config.update("jax_disable_most_optimizations", True)
+    if smoke:
+        compile_quickly()
     changed = {name: value for name, value in vars(config).items() if value != getattr(Config(), name)}
     parts, tag = config.games.split(","), "seeds_" + "_".join(map(str, seeds))
     if unknown := [name for name in parts if name not in PARTS]:

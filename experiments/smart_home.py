@@ -43,7 +43,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, pooled_reward, sequences
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.commands import Data, Seen, look, prepare
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
 from rlhf_jax.recipes.sequences import FREE, Constraint, Judged, Prompts
 from rlhf_jax.types import PreferenceBatch, Rollout
 
@@ -73,7 +73,7 @@ class Config(bench.Settings):
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
-SMOKE = {"templates": 60, "per_template": 2, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
+SMOKE = {"templates": 24, "per_template": 2, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
          "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 64}  # fmt: skip
 
 
@@ -191,8 +191,8 @@ def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], 
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/smart_home", smoke=SMOKE, arguments=arguments)
-    if smoke:  # compiling is most of it
-        jax.config.update("jax_disable_most_optimizations", True)
+    if smoke:
+        compile_quickly()
     versions = {name: importlib.metadata.version(name) for name in ("home-assistant-intents", "hassil", "tokenizers")}
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "versions": versions}) as folder:
         sample = functools.partial(sample_commands, per_template=config.per_template, most=config.templates)

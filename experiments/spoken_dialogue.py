@@ -38,7 +38,7 @@ from rlhf_jax.recipes import chat_rewards, speech
 from rlhf_jax.recipes.chat_policies import Learning, ac_hf, base_model, learning, pd, reference, run_key
 from rlhf_jax.recipes.chat_rewards import Features, Scorer, calibrated, chat_features, score, seen
 from rlhf_jax.recipes.chats import Config, Policy, World, exchanges, left, misheard, open_world, read_part, reply
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
 
 ARMS = ("as collected", "length removed")
 SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 2, "reward_layer": 2, "judge_layer": 1,
@@ -216,8 +216,8 @@ def round_trip(folder: RunFolder, heard: dict[str, Any], rows: list[dict[str, st
 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/spoken_dialogue", smoke=SMOKE, arguments=arguments)
-    if smoke:  # compiling is most of it
-        jax.config.update("jax_disable_most_optimizations", True)
+    if smoke:
+        compile_quickly()
     data = {"smoke": smoke, "data": CHITCHAT.member_sha256, "model": MODEL.member_sha256,
             "recogniser": speech.recogniser()}  # fmt: skip
     with open_run(out, data | dataclasses.asdict(config)) as folder:

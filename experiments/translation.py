@@ -41,7 +41,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, sequences, token_reward
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.phrases import load_pairs
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
 from rlhf_jax.recipes.sequences import FREE, Judged, Prompts, Task
 from rlhf_jax.recipes.translation_scores import METRICS, chrf, gain, half, scores
 from rlhf_jax.types import PreferenceBatch, Rollout
@@ -93,10 +93,11 @@ class Data(NamedTuple):
 def prepare(pairs: Pairs, config: Config) -> Data:
     """Holds phrases of common words out, some to be measured and some for feedback; packs. No seed counts here."""
     words = [{(side, word) for side in (0, 1) for word in re.findall(r"\w+", pair[side].lower())} for pair in pairs]
-    times = Counter(word for each in words for word in each)
+    phrase = np.array([min(len(text.split()) for text in pair) > 1 for pair in pairs])
+    times = Counter(word for row in np.flatnonzero(phrase) for word in words[row])
     rarest = np.array([min((times[word] for word in each), default=0) for each in words])
     order = np.random.default_rng(0).permutation(len(pairs))
-    common, wanted = order[rarest[order] >= config.common], config.held_out + config.feedback
+    common, wanted = order[(phrase & (rarest >= config.common))[order]], config.held_out + config.feedback
     if len(common) < wanted:
         raise UserError(f"{wanted} pairs of common words are needed; {len(common)} are there")
     held, rated = np.split(common[:wanted], [config.held_out])
@@ -205,7 +206,7 @@ def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], 
 def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/translation", smoke=SMOKE, arguments=arguments)
     if smoke:
-        jax.config.update("jax_disable_most_optimizations", True)  # compiling would take most of the time
+        compile_quickly()
     pairs = load_pairs(config.pairs)[: 2_000 if smoke else None]
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "data": digest}) as folder:

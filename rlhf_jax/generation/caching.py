@@ -11,7 +11,7 @@ from jax import Array
 
 from rlhf_jax.models.transformer import Cache, Transformer, init_cache
 
-__all__ = ["Prefill", "RowsRead", "grow", "prefill", "read_rows", "repeat_rows", "rows_of"]
+__all__ = ["Prefill", "RowsRead", "grow", "narrow", "prefill", "read_rows", "repeat_rows", "rows_of", "widen"]
 
 
 class Prefill(NamedTuple):
@@ -90,3 +90,16 @@ def read_rows(model: Transformer, params: dict, tokens: Array, mask: Array, cach
     if model.config.num_experts:  # the grouped product of experts cannot be mapped over rows, so rows take turns
         return jax.lax.map(lambda row: one(*row), (tokens, mask, caches))
     return jax.vmap(one)(tokens, mask, caches)
+
+
+def narrow(caches: Cache, capacity: int) -> Cache:
+    """The first `capacity` slots of one cache per row."""
+    cut = lambda x, axis: jax.lax.slice_in_dim(x, 0, capacity, axis=axis)
+    keys, values = (tuple(cut(x, 3) for x in layers) for layers in (caches.keys, caches.values))
+    return Cache(keys, values, cut(caches.mask, 2), caches.length)
+
+
+def widen(caches: Cache, part: Cache) -> Cache:
+    """The caches with their first slots as in `part`, which `narrow` has cut off them; lengths are the part's."""
+    put = lambda x, y: jax.lax.dynamic_update_slice(x, y, (0,) * x.ndim)
+    return jax.tree.map(put, caches, part)

@@ -3,15 +3,17 @@
 A batch that is generated together lasts as long as its longest response. Here N prompts share a few slots; every slot
 reads its next prompt as soon as it is free, so the model seldom runs on rows that have ended. Rows differ in how much
 of their cache is filled (`caching.read_rows`), and a prompt is read in chunks, of which padding takes at most one.
+Attention costs what it could see, so the steps run on as much of the cache as the fullest row needs, in a few widths.
 """
 
+from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.generation.caching import read_rows, rows_of
+from rlhf_jax.generation.caching import narrow, read_rows, rows_of, widen
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import Choose, Rules, Stop, Warp, draw
 from rlhf_jax.generation.history import History, init_history, update_history
@@ -19,6 +21,8 @@ from rlhf_jax.models.transformer import Cache, Transformer, init_cache
 from rlhf_jax.types import Rollout
 
 __all__ = ["Served", "generate_queue"]
+
+_NARROW = 16  # a narrower part is taken if it has this many slots to spare, after at least as many turns
 
 
 class Served(NamedTuple):
@@ -64,6 +68,7 @@ def generate_queue(
     rules: Rules | None = None,
     stop: Stop | None = None,
     chunk: int = 32,
+    widths: int = 3,
 ) -> Served:
     """Continues every prompt of a queue by up to `length` tokens. Jit the caller; the result is that of `generate`.
 
@@ -82,12 +87,13 @@ def generate_queue(
       rules: as in `generate`.
       stop: as in `generate`.
       chunk: tokens of a prompt that are read at a time; a prompt of n tokens costs ⌈(n - 1) / chunk⌉ of them.
+      widths: parts of the cache that steps can run on, evenly spaced up to all of it; each is compiled by itself.
     Returns:
       `Served`; tokens and masks equal `generate` on all N prompts with the same keys, log-probs up to rounding.
     Raises:
-      ValueError: slots, length or chunk below 1, or a number of keys that is not N.
+      ValueError: slots, length, chunk or widths below 1, or a number of keys that is not N.
     """
-    for name, value in {"slots": slots, "length": length, "chunk": chunk}.items():
+    for name, value in {"slots": slots, "length": length, "chunk": chunk, "widths": widths}.items():
         if value < 1:
             raise ValueError(f"{name} must be at least 1, got {value}")
     count, prompt_length = prompts.shape
@@ -100,7 +106,7 @@ def generate_queue(
     remembers = rules is not None or stop is not None
     remember = lambda rows, mask: init_history(rows, mask, length=length, vocab_size=model.config.vocab_size)
 
-    def read(index: Array) -> tuple[Cache, Array]:
+    def read(index: Array, capacity: int) -> tuple[Cache, Array]:
         """The cache of one prompt without its last token, and the number of chunks that were read."""
         needed = -(-jnp.sum(head_masks[index]) // chunk)
 
@@ -109,11 +115,11 @@ def generate_queue(
             part = lambda x: jax.lax.dynamic_slice(x, (index, start), (1, chunk))
             return model.apply({"params": params}, part(heads), part(head_masks), cache=cache).cache
 
-        return jax.lax.fori_loop(0, needed, read_chunk, init_cache(model.config, 1, room + length)), needed
+        return jax.lax.fori_loop(0, needed, read_chunk, init_cache(model.config, 1, capacity)), needed
 
     def refill(state: _Slots) -> _Slots:
         slot, index = jnp.argmax(state.prompt == count), state.waiting
-        cache, chunks = read(index)
+        cache, chunks = read(index, state.cache.capacity)
         put = lambda all_slots, one: jax.lax.dynamic_update_index_in_dim(all_slots, one, slot, 0)
         history = None
         if state.history is not None:
@@ -156,6 +162,26 @@ def generate_queue(
             raw_log_probs=write(state.raw_log_probs, drawn.raw_log_prob),
         )
 
+    capacity = room + length
+    sizes = [size for i in range(1, widths) if (size := capacity * i // widths) >= room + _NARROW] + [capacity]
+    unfinished = lambda state: (state.waiting < count) | jnp.any(state.prompt < count)
+    fullest = lambda state: jnp.max(jnp.where(state.prompt < count, state.cache.length, 0))
+    place = lambda state: jnp.sum(fullest(state) + _NARROW > jnp.array(sizes[:-1], jnp.int32))
+
+    def on_part(number: int) -> Callable[[_Slots], _Slots]:
+        """Turns on the first slots of the cache, until a row needs more or, after some, all could do with fewer."""
+
+        def goes_on(part: _Slots, began: Array) -> Array:
+            stays = (part.turns < began + _NARROW) | (place(part) >= number)
+            return unfinished(part) & (fullest(part) < sizes[number]) & stays
+
+        def turns(state: _Slots) -> _Slots:
+            part = state._replace(cache=narrow(state.cache, sizes[number]))
+            part = jax.lax.while_loop(lambda part: goes_on(part, state.turns), turn, part)
+            return part._replace(cache=widen(state.cache, part.cache))
+
+        return turns
+
     nothing = jnp.zeros((slots,), jnp.int32)
     blank = jnp.zeros((slots, prompt_length), jnp.int32)
     state = _Slots(
@@ -165,14 +191,15 @@ def generate_queue(
         prompt=jnp.full((slots,), count, jnp.int32),
         written=nothing,
         token=nothing,
-        cache=rows_of(init_cache(model.config, slots, room + length)),
+        cache=rows_of(init_cache(model.config, slots, capacity)),
         history=remember(blank, blank > 0) if remembers else None,
         tokens=jnp.full((count, length), pad_token, jnp.int32),
         lengths=jnp.zeros((count,), jnp.int32),
         log_probs=jnp.zeros((count, length)),
         raw_log_probs=jnp.zeros((count, length)),
     )
-    state = jax.lax.while_loop(lambda s: (s.waiting < count) | jnp.any(s.prompt < count), turn, state)
+    parts = [on_part(number) for number in range(len(sizes))]
+    state = jax.lax.while_loop(unfinished, lambda state: jax.lax.switch(place(state), parts, state), state)
     response_mask = jnp.arange(length)[None] < state.lengths[:, None]
     rollout = Rollout(
         tokens=jnp.concatenate([prompts, state.tokens], axis=1),

@@ -37,7 +37,7 @@ def dictionary() -> str:
 
 
 def read_dictionary(text: str) -> list[tuple[str, str]]:
-    """Phrases that stand opposite each other, without remarks in brackets, of two to eight words on both sides."""
+    """Words and phrases that stand opposite each other, without remarks in brackets, of at most eight words a side."""
     clean = lambda phrase: " ".join(re.sub(r"\{[^}]*\}|\[[^]]*\]|\([^)]*\)|/[^/]*/|<[^>]*>", " ", phrase).split())
     pairs: dict[str, str] = {}
     for line in text.splitlines():
@@ -46,7 +46,7 @@ def read_dictionary(text: str) -> list[tuple[str, str]]:
         sides = [[group.split(";") for group in side.split("|")] for side in line.split(" :: ", 1)]
         for german, english in zip(*sides, strict=False):
             one, other = clean(german[0]), clean(english[0])
-            if 2 <= len(one.split()) <= 8 and 2 <= len(other.split()) <= 8:
+            if 1 <= len(one.split()) <= 8 and 1 <= len(other.split()) <= 8:
                 pairs.setdefault(one, other)
     return list(pairs.items())
 

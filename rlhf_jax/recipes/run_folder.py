@@ -12,17 +12,21 @@
 
 `stage` trains and `once` measures; both return at once what an earlier process has finished. If steps are functions of
 (state, index) and figures functions of states, an interrupted run ends in the table of an uninterrupted one.
-`command_line` turns a frozen dataclass into flags.
+`command_line` turns a frozen dataclass into flags; `compile_quickly` is for small runs.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
+import os
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Generic, NamedTuple, TypeVar
+
+import jax
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.quickstart.report import Report, Series, duration, write_report
@@ -30,7 +34,7 @@ from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Interrupted, StopRequest, run, stop_on_signals
 from rlhf_jax.training.metrics import MetricsWriter, host_metrics, read_metrics
 
-__all__ = ["Command", "RunFolder", "command_line", "open_run"]
+__all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run"]
 
 C = TypeVar("C")
 
@@ -70,6 +74,13 @@ def command_line(
         raise UserError(f"--seeds takes numbers separated by commas, got {seeds!r}.")
     given = {name: value for name, value in typed.items() if value is not None}
     return Command(config(**((dict(smoke) if tiny else {}) | given)), path, [int(s) for s in seeds.split(",")], tiny)
+
+
+def compile_quickly() -> None:
+    """Programs that compile in a third of the time and run slowly, if JAX has not computed anything yet."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # 0.12 aborts at the flag
+        os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
 
 
 class RunFolder:

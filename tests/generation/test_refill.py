@@ -20,7 +20,7 @@ KEYS = jax.random.split(jax.random.key(2), N)
 STATIC = ("model", "length", "warp", "rules", "stop")
 
 plain = jax.jit(generate, static_argnames=STATIC)
-queued = jax.jit(generate_queue, static_argnames=(*STATIC, "slots", "chunk"))
+queued = jax.jit(generate_queue, static_argnames=(*STATIC, "slots", "chunk", "widths"))
 
 
 @pytest.fixture(scope="module")
@@ -119,6 +119,20 @@ def test_a_heavy_tailed_queue_keeps_the_slots_busy():
     assert served.turns == schedule(lengths, slots)
     batches = lengths.reshape(-1, slots).max(axis=1).sum()  # a batch waits for its longest row
     assert batches > 1.7 * served.turns
+
+
+def test_widths_change_the_slots_that_attention_reads_alone(llama):
+    model, params = llama
+    longest, slots = 50, 3
+    lengths = [2, 49, 3, 20, 3, 2, 40, 5, 2, 3, 2, 4]  # the cache fills, empties and fills again
+    prompts = jnp.asarray([(length // VOCABULARY, length % VOCABULARY) for length in lengths], jnp.int32)
+    keys = jax.random.split(jax.random.key(0), len(lengths))
+    knobs = {"length": longest, "end_token": VOCABULARY, "pad_token": 0, "stop": written_in_the_prompt}
+    serve = lambda widths: queued(model, params, prompts, prompts >= 0, keys, slots=slots, widths=widths, **knobs)
+    whole, parts = serve(1), serve(4)
+    np.testing.assert_array_equal(parts.rollout.response_mask.sum(axis=1), lengths)
+    assert parts.turns == whole.turns
+    compare(parts.rollout, whole.rollout)
 
 
 def test_mistakes_are_named(llama):

@@ -8,14 +8,18 @@ from rlhf_jax.errors import UserError
 from rlhf_jax.recipes import phrases
 
 
-def test_phrases_of_a_dictionary_stand_opposite_each_other():
+def test_words_and_phrases_of_a_dictionary_stand_opposite_each_other():
     text = (
         "# a comment\n"
         "Hund {m} | ein großer Hund; ein Riesenhund (zool.) :: dog | a big dog [Am.]; a huge dog\n"
         "kein Trenner\n"
         "Guten Tag! [ugs.] :: Good day! (greeting)\n"
     )
-    assert phrases.read_dictionary(text) == [("ein großer Hund", "a big dog"), ("Guten Tag!", "Good day!")]
+    assert phrases.read_dictionary(text) == [
+        ("Hund", "dog"),
+        ("ein großer Hund", "a big dog"),
+        ("Guten Tag!", "Good day!"),
+    ]
 
 
 def test_pairs_from_a_file(tmp_path):
