@@ -1,8 +1,8 @@
 """Generation of ragged work: ``python -m benchmarks.ragged`` prints one JSON line per way of serving the same queue.
 
 Prompts of 8 to 120 tokens ask for responses of 4 to 200 (`--longest`), both log-normal (heavy-tailed); the last two
-tokens of a prompt say how many it wants. `dense` has as many tokens, all rows alike, and is what the others are measured by:
-`share` is their real tokens per second over its. Rows are split over the devices; each device serves its own.
+tokens of a prompt say how many it wants. `dense` has as many tokens, all rows alike; `share` is a way's real tokens per
+second over its. Rows are split over the devices; each device serves its own.
 
     python -m benchmarks.ragged --model lm_small --prompts 64 --slots 16 --devices 2
 """
