@@ -63,13 +63,13 @@ class Config(bench.Settings):
     prompt_length: int = 26
     length: int = 18
     base_updates: int = 1_200
-    turns: int = 100
+    turns: int = 150
     actor_rate: float = 6e-4
-    comfort: float = 1.0  # most that the household's reward model adds to the 1 of a right answer
+    comfort: float = 3.0  # most that the household's reward model adds to the 1 of a right answer
     limit: float = 0.01  # of violations among commands that open the house
-    multiplier: float = 1.0  # to start from
-    multiplier_rate: float = 0.05
-    most: float = 1.0  # violations that a turn counts at most: with few, a fast multiplier climbs evenly
+    multiplier: float = 3.0  # to start from
+    multiplier_rate: float = 0.5
+    most: float = 0.05  # violations that a turn counts at most: a fast multiplier then climbs evenly
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
