@@ -66,6 +66,7 @@ class Config(bench.Settings):
     turns: int = 150
     actor_rate: float = 6e-4
     comfort: float = 3.0  # most that the household's reward model adds to the 1 of a right answer
+    beta: float = 0.5
     limit: float = 0.01  # of violations among commands that open the house
     multiplier: float = 3.0  # to start from
     multiplier_rate: float = 0.5
