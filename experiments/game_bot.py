@@ -51,7 +51,8 @@ class Config(control_distillation.Config, step_feedback.Config):
     episodes: int = 64  # of every evaluation
 
 
-BREAKOUT = {"rounds": 8, "pairs": 80, "turns": 10, "segment": 16, "filters": 8, "epochs": 3, "student_hidden": 32}
+BREAKOUT = {"rounds": 8, "pairs": 160, "turns": 10, "segment": 16, "filters": 8, "epochs": 3, "student_hidden": 32,
+            "judge_steps": 120, "normalise": True}  # fmt: skip
 SMOKE = {"rounds": 2, "pairs": 8, "turns": 1, "batch": 4, "steps": 32, "segment": 8, "judge_steps": 4,
          "epochs": 1, "hidden": 8, "student_steps": 4, "lessons": 3, "lesson_steps": 8, "episodes": 2,
          "games": "cartpole,tamer"}  # fmt: skip

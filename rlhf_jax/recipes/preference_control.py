@@ -68,6 +68,7 @@ class Config:
     hidden: int = 32
     filters: int = 0  # of the reward model on boards
     entropy_weight: float = 0.01
+    normalise: bool = False  # learned rewards to a standard deviation of 1 in every turn
 
 
 class Segments(NamedTuple):
@@ -185,6 +186,8 @@ def turn(
     params = learner.agent.train.params
     games, play = environments.rollout(game, acting(network, params), learner.games, play_key, steps=config.steps)
     rewards = play.rewards if true else human_reward(learner.judges, scorer, play)
+    if config.normalise and not true:  # comparisons leave the scale open, and it grows as the models learn
+        rewards = rewards / (jnp.std(rewards) + 1e-6)
     inputs, mask = control.ActionInputs(play.observations, play.actions), jnp.ones(play.rewards.shape, bool)
     old = learner.agent.train.apply_fn(params, inputs)
     learned = advantages(network, params, play, rewards)
