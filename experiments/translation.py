@@ -1,11 +1,12 @@
 """Translation: short German phrases to English, from scripted comparisons by chrF.
 
 Method. A decoder of about a million weights, from scratch, reads a German phrase and writes an English one.
-  * Base (SFT), one for all seeds: phrases without words that occur once. Some phrases of common words are kept from it,
-    to be measured or for feedback.
-  * Scripted comparisons: two sampled translations of a feedback phrase, of which the one with the higher chrF against
-    the reference is preferred. The base, trained whole on them, becomes a reward model that says what each token adds;
-    it is all that AC-HF and PD get. The references reach nobody in any other way.
+  * Base (SFT), one for all seeds: phrases, and single words that occur in them, if no word occurs once only. Some
+    phrases of common words are kept from it, to be measured or for feedback.
+  * Scripted comparisons: two sampled translations of a feedback phrase, of which the one closer to the reference is
+    preferred, by chrF++ with precision weighed like recall: plain chrF prefers long answers. The base, trained whole
+    on them, becomes a reward model that says what each token adds; it is all that AC-HF and PD get. The references
+    reach nobody in any other way.
   * AC-HF and PD start from the base. So does "base, extra updates", which takes as many supervised updates as AC-HF
     takes updates: if AC-HF and PD do not beat that, the table says so.
 Seeds draw feedback phrases, comparisons and samples anew. Held-out phrases, greedy: mean chrF of a phrase and corpus
@@ -43,7 +44,7 @@ from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.phrases import load_pairs
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
 from rlhf_jax.recipes.sequences import FREE, Judged, Prompts, Task
-from rlhf_jax.recipes.translation_scores import METRICS, chrf, gain, half, scores
+from rlhf_jax.recipes.translation_scores import BALANCED, METRICS, chrf, gain, half, scores
 from rlhf_jax.types import PreferenceBatch, Rollout
 
 WHO = ("base", "base, extra updates", "AC-HF", "PD")
@@ -126,12 +127,12 @@ def written(data: Data, responses: Array) -> list[str]:
 
 
 def compared(data: Data, sample: Any, asked: Prompts, rows: Pairs, key: Array, count: int) -> PreferenceBatch:
-    """Two sampled translations of each of `count` phrases, and which of the two has the higher chrF."""
+    """Two sampled translations of each of `count` phrases, and which of the two is closer by `BALANCED` chrF."""
     keys = jax.random.split(key, 4)
     asked = asked.rows(jax.random.randint(keys[0], (count,), 0, len(asked.tokens)))
     references = [rows[row][1] for row in np.asarray(asked.truth)]
     said = [sample(asked, key) for key in keys[1:3]]
-    one, other = (jnp.asarray(chrf(written(data, rollout.responses), references)) for rollout in said)
+    one, other = (jnp.asarray(chrf(written(data, rollout.responses), references, BALANCED)) for rollout in said)
     answers = teachers.compare(one, other, keys[3], equal_within=1e-3)
     return teachers.preference_batch(said[0].inputs, said[1].inputs, answers)
 
