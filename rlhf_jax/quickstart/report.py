@@ -342,6 +342,7 @@ thead th { color: var(--soft); font-size: .85rem; }
 tbody tr:last-child > * { border-bottom: 0; }
 .met { color: var(--met); white-space: nowrap; }
 .missed { color: var(--missed); white-space: nowrap; font-weight: 600; }
+.results tr > :nth-child(2) { white-space: nowrap; }
 .samples { table-layout: fixed; }
 .samples th[scope=row] { color: var(--soft); }
 .text { white-space: pre-wrap; }
