@@ -74,7 +74,7 @@ class Config(bench.Settings):
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
-SMOKE = {"templates": 24, "per_template": 2, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
+SMOKE = {"templates": 16, "per_template": 1, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
          "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 64}  # fmt: skip
 
 
