@@ -33,6 +33,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
+from jax.typing import ArrayLike
 
 from rlhf_jax import evaluation
 from rlhf_jax.data.home_commands import Command, sample_commands
@@ -74,8 +75,8 @@ class Config(bench.Settings):
     judged: int = 1_500  # unseen commands that are measured, and answers to those that open the house
 
 
-SMOKE = {"templates": 16, "per_template": 1, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
-         "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 64}  # fmt: skip
+SMOKE = {"templates": 12, "per_template": 1, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
+         "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 8}  # fmt: skip
 
 
 def judge(rollout: Rollout, truth: Any, _: Array, *, mark: dict[str, int], liked: Any, comfort: float) -> Judged:
@@ -88,7 +89,7 @@ def judge(rollout: Rollout, truth: Any, _: Array, *, mark: dict[str, int], liked
     return Judged(rewards, seen.violates.astype(jnp.float32), truth[1])
 
 
-def compared(data: Data, base: Any, key: Array, *, count: int, mistakes: float) -> PreferenceBatch:
+def compared(data: Data, base: Any, key: Array, *, count: int, mistakes: ArrayLike) -> PreferenceBatch:
     """Features of the base's answers, two to each of some feedback commands, and the household's choices.
 
     It is asked where both agree with hassil; other pairs weigh nothing.
@@ -109,7 +110,8 @@ def measure(data: Data, see: Any, params: Any, key: Array) -> dict[str, Any]:
     best, said = see(params, data.unseen, key, best=True)
     drawn = see(params, data.unseen, key, best=False)[0]
     risky = see(params, data.openings, key, best=False)[0]
-    found = {"exact": best.right, "questions": drawn.asks[~data.unseen.truth[1]], "violations": risky.violates}
+    harmless = ~np.asarray(data.unseen.truth[1])
+    found = {"exact": best.right, "questions": np.asarray(drawn.asks)[harmless], "violations": risky.violates}
     end = data.task.end_token
     say = lambda ids: data.tokenizer.decode(ids[: ids.index(end) if end in ids else None], control_tokens=True)
     said = [say(ids) for ids in np.asarray(said[:40]).tolist()]
@@ -141,7 +143,7 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
     base = bench.base_model(own, data.demonstrations)
     judged("base", base)
     judged("base, extra updates", bench.trained_on(own, base, data.demonstrations))
-    ask = jax.jit(functools.partial(compared, data, count=config.comparisons), static_argnames="mistakes")
+    ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
     scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
     fresh = ask(base, own.key(3, 2), mistakes=0.0)
     found["household model"] = {"accuracy": float(pooled_reward.accuracy(scorer, fresh))}

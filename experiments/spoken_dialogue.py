@@ -43,7 +43,7 @@ from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly
 ARMS = ("as collected", "length removed")
 SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 2, "reward_layer": 2, "judge_layer": 1,
          "base_from": 0, "base_steps": 4, "base_batch": 8, "chat_tokens": 16, "comparisons": 64, "turns": 2, "batch": 8,
-         "minibatches": 2, "student_steps": 2, "student_batch": 8, "teacher_samples": 16, "eval_prompts": 4,
+         "minibatches": 2, "student_steps": 2, "student_batch": 8, "teacher_samples": 16, "eval_prompts": 2,
          "speak": 1}  # fmt: skip
 
 

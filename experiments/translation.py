@@ -133,8 +133,8 @@ def compared(data: Data, sample: Any, asked: Prompts, rows: Pairs, key: Array, c
     references = [rows[row][1] for row in np.asarray(asked.truth)]
     said = [sample(asked, key) for key in keys[1:3]]
     one, other = (jnp.asarray(chrf(written(data, rollout.responses), references, BALANCED)) for rollout in said)
-    answers = teachers.compare(one, other, keys[3], equal_within=1e-3)
-    return teachers.preference_batch(said[0].inputs, said[1].inputs, answers)
+    answers = jax.jit(functools.partial(teachers.compare, equal_within=1e-3))(one, other, keys[3])
+    return jax.jit(teachers.preference_batch)(said[0].inputs, said[1].inputs, answers)
 
 
 def measure(data: Data, see: Any, params: Any) -> dict[str, Any]:
@@ -208,7 +208,7 @@ def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/translation", smoke=SMOKE, arguments=arguments)
     if smoke:
         compile_quickly()
-    pairs = load_pairs(config.pairs)[: 2_000 if smoke else None]
+    pairs = load_pairs(config.pairs, most=1_000 if smoke else None)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "data": digest}) as folder:
 

@@ -182,7 +182,7 @@ def ac_hf(
         "critic": optax.adam(settings.critic_rate),
     }
     agent = actor_critic.init(
-        {"actor": base, "critic": CRITIC.init(bench.key(4), jnp.zeros((1, settings.width)))["params"]},
+        {"actor": base, "critic": jax.jit(CRITIC.init)(bench.key(4), jnp.zeros((1, settings.width)))["params"]},
         sequences.actor_critic_policy(bench.task, CRITIC),
         optax.partition(rates, lambda tree: {name: name for name in tree}),
         kl_coefficient=settings.kl_coefficient,

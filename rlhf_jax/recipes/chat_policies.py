@@ -75,7 +75,7 @@ def learning(world: World) -> Learning:
     optimizer = optax.partition({"actor": actor, "critic": critic}, lambda params: {name: name for name in params})
 
     def start(base: Policy, key: Array) -> actor_critic.State:
-        critic = CRITIC.init(key, jnp.zeros((1, model.config.width)))["params"]
+        critic = jax.jit(CRITIC.init)(key, jnp.zeros((1, model.config.width)))["params"]
         begin = {"actor": jax.tree.map(jnp.copy, base.trained), "critic": critic}
         return actor_critic.init(begin, apply_fn, optimizer, kl_coefficient=config.kl_coefficient)
 

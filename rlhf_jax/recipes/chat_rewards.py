@@ -107,6 +107,7 @@ def worth(scorer: Scorer, states: Array, mask: Array) -> Array:
     return jnp.where(mask, states @ scorer.weights + scorer.bias, 0.0)
 
 
+@jax.jit
 def score(scorer: Scorer, states: Array, mask: Array) -> Array:
     """[B] of replies, in standard deviations of the base's: states [B, R, D], mask [B, R]."""
     total = jnp.sum(worth(scorer, states, mask), axis=-1)
@@ -115,6 +116,7 @@ def score(scorer: Scorer, states: Array, mask: Array) -> Array:
     return (raw - scorer.line[0] - scorer.line[1] * log_length(mask)) / scorer.scale
 
 
+@jax.jit
 def token_rewards(scorer: Scorer, states: Array, mask: Array) -> Array:
     """[B, R] what each token of the replies of one turn earned.
 

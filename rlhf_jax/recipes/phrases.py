@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import tempfile
+from collections.abc import Iterable
 from pathlib import Path
 
 from rlhf_jax.data.fetch import cache_folder
@@ -36,11 +37,11 @@ def dictionary() -> str:
     return kept.read_text(encoding="utf-8")
 
 
-def read_dictionary(text: str) -> list[tuple[str, str]]:
+def read_dictionary(lines: Iterable[str]) -> list[tuple[str, str]]:
     """Words and phrases that stand opposite each other, without remarks in brackets, of at most eight words a side."""
     clean = lambda phrase: " ".join(re.sub(r"\{[^}]*\}|\[[^]]*\]|\([^)]*\)|/[^/]*/|<[^>]*>", " ", phrase).split())
     pairs: dict[str, str] = {}
-    for line in text.splitlines():
+    for line in lines:
         if line.startswith("#") or " :: " not in line:
             continue
         sides = [[group.split(";") for group in side.split("|")] for side in line.split(" :: ", 1)]
@@ -51,12 +52,19 @@ def read_dictionary(text: str) -> list[tuple[str, str]]:
     return list(pairs.items())
 
 
-def load_pairs(path: str) -> list[tuple[str, str]]:
-    """Pairs of a file of lines German, tab, English; those of Debian's dictionary if there is none."""
+def load_pairs(path: str, *, most: int | None = None) -> list[tuple[str, str]]:
+    """Pairs of a file of lines German, tab, English; those of Debian's dictionary if there is none.
+
+    Args:
+      path: of the file, or "".
+      most: lines that are read, from the beginning; all by default.
+    Raises:
+      UserError: neither can be read.
+    """
     if not path:
-        return read_dictionary(dictionary())
+        return read_dictionary(dictionary().splitlines()[:most])
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").splitlines()[:most]
     except OSError as error:
         raise UserError(f"--pairs {path} cannot be read: {error.strerror}") from None
     if bad := [number for number, line in enumerate(lines, 1) if line.count("\t") != 1]:

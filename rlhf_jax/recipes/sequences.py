@@ -68,7 +68,12 @@ class Prompts:
 
     def rows(self, index: Array) -> "Prompts":
         """Some of them."""
-        return jax.tree.map(lambda x: x[index], self)
+        return _rows(self, index)
+
+
+@jax.jit
+def _rows(prompts: Prompts, index: Array) -> Prompts:
+    return jax.tree.map(lambda x: x[index], prompts)
 
 
 class Judged(NamedTuple):

@@ -15,7 +15,7 @@ def test_words_and_phrases_of_a_dictionary_stand_opposite_each_other():
         "kein Trenner\n"
         "Guten Tag! [ugs.] :: Good day! (greeting)\n"
     )
-    assert phrases.read_dictionary(text) == [
+    assert phrases.read_dictionary(text.splitlines()) == [
         ("Hund", "dog"),
         ("ein großer Hund", "a big dog"),
         ("Guten Tag!", "Good day!"),
