@@ -196,19 +196,17 @@ def learn(
       config: of the actor-critic; its KL coefficient stays where `actor_critic.init` put it.
       constraint: limit and rate of the multiplier; where it starts is in the learner.
     """
+    answered = functools.partial(_answered, task, judge, reference, prompts, rows=rows)
 
     def turn(learner: Learner, key: Array) -> tuple[Learner, dict[str, Array]]:
-        row_key, act_key, update_key = jax.random.split(key, 3)
-        asked = prompts.rows(jax.random.randint(row_key, (rows,), 0, len(prompts.tokens)))
+        *keys, update_key = jax.random.split(key, 3)
         train = learner.agent.train
-        rollout = act(task, train.params["actor"], asked, act_key)
-        states = policies.response_hidden(task.model, reference, rollout.inputs, prompt_length=task.prompt_length)
-        judged = judge(rollout, asked.truth, states)
+        rollout, judged, log_probs = answered(train.params["actor"], *keys)
         batch, told = actor_critic.experience(
             rollout.inputs,
             rollout.response_mask,
             rollout.log_probs,
-            head_log_probs(states, output_table(reference), rollout.responses),
+            log_probs,
             train.apply_fn(train.params, rollout.inputs).values,
             constraints.penalised_rewards(judged.rewards, judged.costs, learner.lagrange.multiplier),
             kl_coefficient=learner.agent.kl.coefficient / (1.0 + learner.lagrange.multiplier),
@@ -239,19 +237,17 @@ def learn_in_groups(
     constraint: Constraint = FREE,
 ) -> tuple[GroupLearner, dict[str, Array]]:
     """Turns of the GRPO family, `rows` prompts each, answered `config.group` times; otherwise as `learn`."""
+    answered = functools.partial(_answered, task, judge, reference, prompts, rows=rows, samples=config.group)
 
     def turn(learner: GroupLearner, key: Array) -> tuple[GroupLearner, dict[str, Array]]:
-        row_key, act_key, update_key = jax.random.split(key, 3)
-        asked = prompts.rows(jax.random.randint(row_key, (rows,), 0, len(prompts.tokens)))
-        rollout = act(task, learner.train.params, asked, act_key, samples=config.group)
-        states = policies.response_hidden(task.model, reference, rollout.inputs, prompt_length=task.prompt_length)
-        judged = judge(rollout, repeated(asked.truth, config.group), states)
+        *keys, update_key = jax.random.split(key, 3)
+        rollout, judged, log_probs = answered(learner.train.params, *keys)
         batch, told = group.experience(
             rollout.inputs,
             rollout.response_mask,
             rollout.log_probs,
             constraints.penalised_rewards(judged.rewards, judged.costs, learner.lagrange.multiplier),
-            head_log_probs(states, output_table(reference), rollout.responses),
+            log_probs,
             config=config,
         )
         pull = None if config.kl_weight is None else config.kl_weight / (1.0 + learner.lagrange.multiplier)
@@ -264,6 +260,26 @@ def learn_in_groups(
 
     learner, metrics = jax.lax.scan(turn, learner, jax.random.split(key, turns))
     return learner, jax.tree.map(jnp.mean, metrics)
+
+
+def _answered(
+    task: Task,
+    judge: Judge,
+    reference: dict,
+    prompts: Prompts,
+    policy: dict,
+    row_key: Array,
+    act_key: Array,
+    *,
+    rows: int,
+    samples: int = 1,
+) -> tuple[Rollout, Judged, Array]:
+    """A policy's answers to some prompts, what feedback says of them, and the reference's log-probs [B, R]."""
+    asked = prompts.rows(jax.random.randint(row_key, (rows,), 0, len(prompts.tokens)))
+    rollout = act(task, policy, asked, act_key, samples=samples)
+    states = policies.response_hidden(task.model, reference, rollout.inputs, prompt_length=task.prompt_length)
+    log_probs = head_log_probs(states, output_table(reference), rollout.responses)
+    return rollout, judge(rollout, repeated(asked.truth, samples), states), log_probs
 
 
 def repeated(tree: Any, times: int) -> Any:

@@ -3,18 +3,11 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from one_step_game import coin
 
-from rlhf_jax.environments import Environment, Step
 from rlhf_jax.recipes import control_distillation
 from rlhf_jax.recipes.control_distillation import Config, distil, student_network
 from rlhf_jax.recipes.preference_control import start
-
-
-def coin() -> Environment:
-    """One observation, two actions, an episode of one step."""
-    here, yes = jnp.ones(1), jnp.bool_(True)
-    step = lambda key, state, action: Step(state, here, here, jnp.float32(0), yes, ~yes)
-    return Environment(lambda key: (jnp.float32(0), here), step, 2, (1,), 10)
 
 
 @pytest.mark.parametrize("liked", [0, 1])
