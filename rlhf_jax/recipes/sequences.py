@@ -267,7 +267,7 @@ def _answered(
     judge: Judge,
     reference: dict,
     prompts: Prompts,
-    policy: dict,
+    policy: Any,
     row_key: Array,
     act_key: Array,
     *,
