@@ -89,6 +89,7 @@ def mean_minus_std(rewards: Array, *, k: ArrayLike = 1.0, ddof: ArrayLike = 0) -
     Returns:
       [...] rewards in reward units; NaN where a member's is.
     Raises: TypeError for integer rewards.
+    Reference: Eisenstein et al. 2023, "mean minus std", https://arxiv.org/abs/2312.09244
 
     >>> mean_minus_std(jnp.array([[1.0], [3.0]]), k=2.0).tolist()
     [0.0]

@@ -252,6 +252,7 @@ def human_soft_targets(
       [..., T] loss per token; sum it over the sequence. May be negative where w < b.
     Raises:
       TypeError: weights are not floating. ValueError: their shape does not fit. AssertionError: shapes differ.
+    Reference: none; a control variate for the weighted loss, which is derived above.
 
     >>> human_soft_targets(jnp.array([[3.0]]), jnp.array([[-2.0]]), jnp.array([[1.5]])).tolist()
     [[4.0]]
