@@ -14,7 +14,7 @@ episodes per seed; the table shows the interquartile mean over seeds and the wor
 
 Data. None: gymnax CartPole-v1 and pgx minatar-breakout (`pip install 'rlhf_jax[games]'`). All feedback is scripted.
 
-Expected curve. CartPole climbs from about 20 to 500 in 80 turns (164,000 steps) on 600 comparisons; TAMER and COACH in
+Expected curve. CartPole climbs from about 20 to 500 in 160 turns (328,000 steps) on 600 comparisons; TAMER and COACH in
 120 lessons. Breakout on the learned reward should follow the same actor-critic on the true reward.
 
     python experiments/game_bot.py --out runs/game_bot --seeds 0,1,2,3,4 [--games cartpole,breakout] [--smoke]
@@ -51,7 +51,7 @@ class Config(control_distillation.Config, step_feedback.Config):
     episodes: int = 64  # of every evaluation
 
 
-BREAKOUT = {"rounds": 8, "pairs": 160, "turns": 10, "segment": 16, "filters": 8, "epochs": 3, "student_hidden": 32,
+BREAKOUT = {"rounds": 8, "pairs": 160, "turns": 20, "segment": 16, "filters": 8, "epochs": 3, "student_hidden": 32,
             "judge_steps": 120, "normalise": True}  # fmt: skip
 SMOKE = {"rounds": 2, "pairs": 8, "turns": 1, "batch": 4, "steps": 32, "segment": 8, "judge_steps": 4,
          "epochs": 1, "hidden": 8, "student_steps": 4, "lessons": 3, "lesson_steps": 8, "episodes": 2,

@@ -57,7 +57,7 @@ class Config:
     # Preference RL: `rounds` times, `pairs` are asked, then `turns` turns of `steps` in each of `batch` games.
     rounds: int = 10
     pairs: int = 60
-    turns: int = 8
+    turns: int = 16
     batch: int = 16
     steps: int = 128
     segment: int = 25
