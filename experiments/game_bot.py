@@ -38,7 +38,7 @@ from rlhf_jax.quickstart.report import Clip, Plot, Report, Result, Series, Stage
 from rlhf_jax.recipes import clips, control_distillation, step_feedback
 from rlhf_jax.recipes.control_distillation import distil, student_network
 from rlhf_jax.recipes.preference_control import Learner, acting, networks, one_round, start
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
 
 PARTS = ("cartpole", "tamer", "coach", "breakout")
 
@@ -216,7 +216,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    script(main)

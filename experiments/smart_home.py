@@ -37,6 +37,7 @@ from jax.typing import ArrayLike
 
 from rlhf_jax import evaluation
 from rlhf_jax.data.home_commands import Command, sample_commands
+from rlhf_jax.errors import missing_extra
 from rlhf_jax.feedback import teachers
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import greedy
@@ -44,7 +45,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, pooled_reward, sequences
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.commands import Data, Seen, look, prepare
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
 from rlhf_jax.recipes.sequences import FREE, Constraint, Judged, Prompts
 from rlhf_jax.types import PreferenceBatch, Rollout
 
@@ -196,7 +197,11 @@ def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/smart_home", smoke=SMOKE, arguments=arguments)
     if smoke:
         compile_quickly()
-    versions = {name: importlib.metadata.version(name) for name in ("home-assistant-intents", "hassil", "tokenizers")}
+    packages = ("home-assistant-intents", "hassil", "tokenizers")
+    try:
+        versions = {name: importlib.metadata.version(name) for name in packages}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise missing_extra(error.name, "smart-home", "sample and parse commands") from None
     with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "versions": versions}) as folder:
         sample = functools.partial(sample_commands, per_template=config.per_template, most=config.templates)
         commands = [Command(**row) for row in folder.once("commands", lambda: [row._asdict() for row in sample()])]
@@ -209,4 +214,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

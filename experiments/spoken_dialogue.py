@@ -31,14 +31,13 @@ import numpy as np
 
 from rlhf_jax import evaluation, kl, masking
 from rlhf_jax.data.fetch import MODEL
-from rlhf_jax.errors import UserError
 from rlhf_jax.feedback.dialogues import CHITCHAT
 from rlhf_jax.quickstart.report import Plot, Report, Result, Sample, Series, StageTime
 from rlhf_jax.recipes import chat_rewards, speech
 from rlhf_jax.recipes.chat_policies import Learning, ac_hf, base_model, learning, pd, reference, run_key
 from rlhf_jax.recipes.chat_rewards import Features, Scorer, calibrated, chat_features, score, seen
 from rlhf_jax.recipes.chats import Config, Policy, World, exchanges, left, misheard, open_world, read_part, reply
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
 
 ARMS = ("as collected", "length removed")
 SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 2, "reward_layer": 2, "judge_layer": 1,
@@ -235,7 +234,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except UserError as error:
-        raise SystemExit(str(error)) from None
+    script(main)

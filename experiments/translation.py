@@ -42,7 +42,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, sequences, token_reward
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.phrases import load_pairs
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
 from rlhf_jax.recipes.sequences import FREE, Judged, Prompts, Task
 from rlhf_jax.recipes.translation_scores import BALANCED, METRICS, chrf, gain, half, scores
 from rlhf_jax.types import PreferenceBatch, Rollout
@@ -230,4 +230,4 @@ def main(arguments: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    main()
+    script(main)

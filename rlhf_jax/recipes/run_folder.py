@@ -12,7 +12,7 @@
 
 `stage` trains and `once` measures; both return at once what an earlier process has finished. If steps are functions of
 (state, index) and figures functions of states, an interrupted run ends in the table of an uninterrupted one.
-`command_line` turns a frozen dataclass into flags; `compile_quickly` is for small runs.
+`command_line` turns a frozen dataclass into flags, `compile_quickly` is for small runs, `script` ends for a shell.
 """
 
 import argparse
@@ -21,6 +21,7 @@ import dataclasses
 import importlib.metadata
 import json
 import os
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -34,7 +35,7 @@ from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Interrupted, StopRequest, run, stop_on_signals
 from rlhf_jax.training.metrics import MetricsWriter, host_metrics, read_metrics
 
-__all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run"]
+__all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run", "script"]
 
 C = TypeVar("C")
 
@@ -194,3 +195,18 @@ def open_run(path: Path, config: Mapping[str, Any], *, say: Callable[[str], None
         folder = RunFolder(path, stop, say)
         folder.write("config.json", json.dumps(wanted, indent=1))
         yield folder
+
+
+def script(main: Callable[[], None]) -> None:
+    """Calls an experiment's `main`: what the user can mend is one line, Ctrl-C says how to go on.
+
+    Raises:
+      SystemExit: with the message of a `UserError`; with 130 after `Interrupted`.
+    """
+    try:
+        main()
+    except UserError as error:
+        raise SystemExit(str(error)) from None
+    except Interrupted:
+        print("Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
+        raise SystemExit(130) from None

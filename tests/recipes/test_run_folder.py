@@ -8,7 +8,7 @@ import pytest
 
 from rlhf_jax.errors import UserError
 from rlhf_jax.quickstart.report import Plot, Report, Result
-from rlhf_jax.recipes.run_folder import command_line, open_run
+from rlhf_jax.recipes.run_folder import command_line, open_run, script
 from rlhf_jax.training.loop import Interrupted
 
 
@@ -93,3 +93,16 @@ def test_flags_come_from_the_fields(tmp_path):
     assert (plain.config, str(plain.out), plain.seeds, plain.smoke) == (Config(), "runs/x", [0], False)
     with pytest.raises(UserError, match="--seeds"):
         command_line(Config, None, "runs/x", smoke={}, arguments=["--seeds", "0,b"])
+
+
+@pytest.mark.parametrize(
+    ("error", "code"), [(UserError("no such file"), "no such file"), (Interrupted(3, saved=True), 130)]
+)
+def test_a_script_ends_with_one_line_for_what_the_user_did(error, code, capsys):
+    def main():
+        raise error
+
+    with pytest.raises(SystemExit) as ended:
+        script(main)
+    assert ended.value.code == code
+    assert ("same command" in capsys.readouterr().err) == (code == 130)
