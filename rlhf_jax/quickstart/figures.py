@@ -128,16 +128,8 @@ def interval_figure(intervals: Sequence[Interval], *, name: str, reference: floa
             ends = [interval.low, interval.high]
             axes.plot(ends, [row, row], color=_SERIES[0], linewidth=2.2, solid_capstyle="round")
             axes.plot(interval.rate, row, "o", color=_SERIES[0], markersize=7)
-            axes.text(0.0, row + 0.22, interval.name, va="bottom", fontsize=10)
-            right = interval.high < 0.86
-            axes.text(
-                ends[1] + 0.02 if right else ends[0] - 0.02,
-                row,
-                _percent(interval.rate),
-                va="center_baseline",
-                ha="left" if right else "right",
-                fontsize=10,
-            )
+            said = f"{interval.name}: {_percent(interval.rate)}"
+            axes.text(0.0, row + 0.22, said, va="bottom", fontsize=10)
             if interval.goal is not None:
                 axes.plot([interval.goal] * 2, [row - 0.14, row + 0.14], color=_SERIES[1], linewidth=2)
         axes.axvline(reference, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))

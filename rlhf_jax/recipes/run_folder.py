@@ -201,12 +201,12 @@ def script(main: Callable[[], None]) -> None:
     """Calls an experiment's `main`: what the user can mend is one line, Ctrl-C says how to go on.
 
     Raises:
-      SystemExit: with the message of a `UserError`; with 130 after `Interrupted`.
+      SystemExit: with the message of a `UserError`; with 130 after Ctrl-C, also before the run's folder is open.
     """
     try:
         main()
     except UserError as error:
         raise SystemExit(str(error)) from None
-    except Interrupted:
+    except (Interrupted, KeyboardInterrupt):
         print("Stopped; what was finished is kept, and the same command goes on from there.", file=sys.stderr)
         raise SystemExit(130) from None

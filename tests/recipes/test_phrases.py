@@ -28,6 +28,7 @@ def test_pairs_from_a_file(tmp_path):
         phrases.load_pairs(str(path))
     path.write_text("ein Hund\ta dog\nein Hund\tone dog\neine Katze\ta cat\n")
     assert phrases.load_pairs(str(path)) == [("ein Hund", "one dog"), ("eine Katze", "a cat")]
+    assert phrases.load_pairs(str(path), most=1) == [("ein Hund", "a dog")]
     path.write_text("ein Hund\ta dog\neine Katze a cat\n")
     with pytest.raises(UserError, match="Line 2"):
         phrases.load_pairs(str(path))

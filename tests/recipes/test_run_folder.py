@@ -96,7 +96,8 @@ def test_flags_come_from_the_fields(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("error", "code"), [(UserError("no such file"), "no such file"), (Interrupted(3, saved=True), 130)]
+    ("error", "code"),
+    [(UserError("no such file"), "no such file"), (Interrupted(3, saved=True), 130), (KeyboardInterrupt(), 130)],
 )
 def test_a_script_ends_with_one_line_for_what_the_user_did(error, code, capsys):
     def main():
