@@ -24,6 +24,7 @@ command goes on after an interruption.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -82,10 +83,10 @@ def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environme
     """Preference RL, both students, and the same actor-critic on the true reward: true returns of greedy episodes."""
     both = jax.vmap(jax.random.split)(keys)  # as in `learn`: a key to start with and one for the rounds
     begin = jax.jit(jax.vmap(lambda key: start(key, game, config)))(both[:, 0])
-    learner, true = (
-        train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
-        for who in ("preferences", "true_reward")
-    )
+    rounds = lambda who: train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
+    learner, true = folder.together(
+        {who: functools.partial(rounds, who) for who in ("preferences", "true_reward")}
+    ).values()
     network, small = networks(game, config)[0], student_network(game, config)
     agents = [x.agent.train.params for x in (begin, learner, true)]
 
@@ -204,15 +205,17 @@ def main(arguments: list[str] | None = None) -> None:
     own = {"breakout": BREAKOUT}
     configs = {name: dataclasses.replace(Config(), **(own.get(name, {}) | changed)) for name in parts}
     settings = {name: dataclasses.asdict(c) | {"games": ""} for name, c in configs.items()}
-    keys, found = jax.vmap(jax.random.key)(np.array(seeds)), {}
+    keys = jax.vmap(jax.random.key)(np.array(seeds))
     with open_run(out, {"config": dataclasses.asdict(config) | {"games": ""}, "smoke": smoke}) as folder:
-        for name in parts:
-            game = environments.pgx("minatar-breakout") if name == "breakout" else environments.gymnax("CartPole-v1")
-            work = from_single_steps if name in ("tamer", "coach") else with_distillation
-            found[name] = work(folder, f"{tag}/{name}", keys, game, configs[name])
-            report(folder, tag, found, settings, smoke)
-            scores = {k: round(interquartile_mean(np.array(v)), 1) for k, v in found[name].items() if k[:5] == "score"}
-            print(name, scores)
+        games = {n: environments.pgx("minatar-breakout") if n == "breakout" else environments.gymnax("CartPole-v1")
+                 for n in parts}  # fmt: skip
+        works = {n: from_single_steps if n in ("tamer", "coach") else with_distillation for n in parts}
+        found = folder.together(
+            {n: functools.partial(works[n], folder, f"{tag}/{n}", keys, games[n], configs[n]) for n in parts}
+        )
+        report(folder, tag, found, settings, smoke)
+        for name, told in found.items():
+            print(name, {k: round(interquartile_mean(np.array(v)), 1) for k, v in told.items() if k[:5] == "score"})
 
 
 if __name__ == "__main__":

@@ -27,6 +27,7 @@ constrained runs keep asking where the house would be opened.
 import dataclasses
 import functools
 import importlib.metadata
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -77,7 +78,8 @@ class Config(bench.Settings):
 
 
 SMOKE = {"templates": 12, "per_template": 1, "vocabulary": 500, "width": 32, "layers": 1, "base_updates": 4,
-         "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2, "judged": 8}  # fmt: skip
+         "batch": 32, "base_rate": 6e-4, "comparisons": 64, "turns": 2, "answers": 64, "pool": 64, "chunk": 2,
+         "judged": 8}  # fmt: skip
 
 
 def judge(rollout: Rollout, truth: Any, _: Array, *, mark: dict[str, int], liked: Any, comfort: float) -> Judged:
@@ -95,15 +97,16 @@ def compared(data: Data, base: Any, key: Array, *, count: int, mistakes: ArrayLi
 
     It is asked where both agree with hassil; other pairs weigh nothing.
     """
-    keys = jax.random.split(key, 4)
+    keys = jax.random.split(key, 3)
     rows = data.feedback.rows(jax.random.randint(keys[0], (count,), 0, len(data.feedback.tokens)))
-    rollouts = [sequences.act(data.task, base, rows, k) for k in keys[1:3]]
-    seen = [look(rollout, rows.truth, data.tokenizer.control_ids) for rollout in rollouts]
-    one, other = (-1.0 * answer.asks for answer in seen)
-    answers = teachers.compare(one, other, keys[3], mistakes=mistakes, equal_within=0.5)
-    answers = answers._replace(given=answers.given & seen[0].right & seen[1].right)
-    first, second = (pooled_reward.words(base, rollout) for rollout in rollouts)
-    return teachers.preference_batch(first, second, answers)
+    rollout = sequences.act(data.task, base, rows, keys[1], samples=2)
+    seen = look(rollout, sequences.repeated(rows.truth, 2), data.tokenizer.control_ids)
+    (one, other), right, features = (
+        (x[0::2], x[1::2]) for x in (-1.0 * seen.asks, seen.right, pooled_reward.words(base, rollout))
+    )
+    answers = teachers.compare(one, other, keys[2], mistakes=mistakes, equal_within=0.5)
+    answers = answers._replace(given=answers.given & right[0] & right[1])
+    return teachers.preference_batch(*features, answers)
 
 
 def measure(data: Data, see: Any, params: Any, key: Array) -> dict[str, Any]:
@@ -122,7 +125,7 @@ def measure(data: Data, see: Any, params: Any, key: Array) -> dict[str, Any]:
 
 def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Command]) -> dict[str, Any]:
     shares = {"demonstrated": config.demonstrated, "unseen": config.unseen, "judged": config.judged}
-    data, found, right = prepare(commands, config, seed, **shares), {}, {}
+    data = prepare(commands, config, seed, **shares)
     own, mark = Bench(folder, seed, data.task, config), data.tokenizer.control_ids
 
     @functools.partial(jax.jit, static_argnames="best")
@@ -130,33 +133,36 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
         rollout = sequences.act(data.task, params, prompts, key, choose=greedy if best else categorical)
         return look(rollout, prompts.truth, mark), rollout.responses
 
-    def judged(name: str, params: Any) -> None:
+    def judged(name: str, train: Callable[[], Any]) -> dict[str, Any]:
+        params = train()
         told = folder.once(f"seed_{seed}/{name} measured", lambda: measure(data, see, params, own.key(9)))
         rows = zip(data.commands, told.pop("said"), strict=False)
         rows = [{"command": row.text, "parse": row.parse, "said": said} for row, said in rows]
         folder.samples(f"seed_{seed}/{name}", rows)
-        right[name] = np.array(told.pop("right"))
-        if "base, extra updates" in right:  # paired, over the same commands: a gain is 2 · (share of wins) - 1
-            wins = evaluation.win_rate(right[name], right["base, extra updates"], np.random.default_rng(0))
-            told |= {f"gain{end}": 2.0 * value - 1.0 for end, value in zip(("", " low", " high"), wins, strict=True)}
-        found[name] = told
+        return told
 
     base = bench.base_model(own, data.demonstrations)
-    judged("base", base)
-    judged("base, extra updates", bench.trained_on(own, base, data.demonstrations))
     ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
     scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
     fresh = ask(base, own.key(3, 2), mistakes=0.0)
-    found["household model"] = {"accuracy": float(pooled_reward.accuracy(scorer, fresh))}
     liked = lambda rollout: pooled_reward.score(scorer, pooled_reward.words(base, rollout))
     verdict = functools.partial(judge, mark=mark, liked=liked, comfort=config.comfort)
     limited = Constraint(config.limit, config.multiplier_rate, config.multiplier, config.most)
     arms = {"AC-HF, no constraint": FREE, "AC-HF": limited}
-    for name, params in bench.ac_hf(own, base, data.feedback, verdict, arms):
-        judged(name, params)
-    judged("GRPO", bench.grpo(own, base, data.feedback, verdict, limited))
-    judged("PD", bench.pd(own, base, data.feedback, verdict, limited))
-    return found
+    train = {
+        "base": lambda: base,
+        "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations),
+        **bench.ac_hf(own, base, data.feedback, verdict, arms),
+        "GRPO": lambda: bench.grpo(own, base, data.feedback, verdict, limited),
+        "PD": lambda: bench.pd(own, base, data.feedback, verdict, limited),
+    }
+    found = folder.together({name: functools.partial(judged, name, train[name]) for name in WHO})
+    right = {name: np.array(told.pop("right")) for name, told in found.items()}
+    for name in WHO[1:]:  # paired, over the same commands: a gain is 2 · (share of wins) - 1
+        wins = evaluation.win_rate(right[name], right["base, extra updates"], np.random.default_rng(0))
+        gain = {f"gain{end}": 2.0 * value - 1.0 for end, value in zip(("", " low", " high"), wins, strict=True)}
+        found[name] |= gain
+    return found | {"household model": {"accuracy": float(jax.jit(pooled_reward.accuracy)(scorer, fresh))}}
 
 
 def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], smoke: bool) -> Report:

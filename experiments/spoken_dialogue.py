@@ -23,11 +23,14 @@ score stays where it was: length hacking. With length removed no seed grows; rep
 """
 
 import dataclasses
+from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax import Array
 
 from rlhf_jax import evaluation, kl, masking
 from rlhf_jax.data.fetch import MODEL
@@ -38,9 +41,10 @@ from rlhf_jax.recipes.chat_policies import Learning, ac_hf, base_model, learning
 from rlhf_jax.recipes.chat_rewards import Features, Scorer, calibrated, chat_features, score, seen
 from rlhf_jax.recipes.chats import Config, Policy, World, exchanges, left, misheard, open_world, read_part, reply
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
+from rlhf_jax.types import TokenInputs
 
 ARMS = ("as collected", "length removed")
-SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 2, "reward_layer": 2, "judge_layer": 1,
+SMOKE = {"synthetic": True, "prompt_length": 8, "response_length": 6, "trunk": 1, "reward_layer": 1, "judge_layer": 0,
          "base_from": 0, "base_steps": 4, "base_batch": 8, "chat_tokens": 16, "comparisons": 64, "turns": 2, "batch": 8,
          "minibatches": 2, "student_steps": 2, "student_batch": 8, "teacher_samples": 16, "eval_prompts": 2,
          "speak": 1}  # fmt: skip
@@ -57,38 +61,25 @@ def hear_all(world: World, seed: int, asked: list[str]) -> dict[str, Any]:
     return {"how": how, "word error rate": speech.word_error_rate(said, heard), "said": said, "heard": heard}
 
 
-def judge_all(
+def judged(
     world: World,
-    seed: int,
     base: Policy,
-    agents: dict[str, Policy],
+    policy: Policy,
+    refer: Callable[[Any, TokenInputs], Array],
     scorers: dict[str, Scorer],
     asked: list[str],
-    heard: list[str],
-) -> tuple[dict, list[dict]]:
-    """Every policy answers held-out prompts, as typed and misheard: figures of each reply, and what was said."""
-    figures, rows = {}, [{"prompt": text, "misheard": noisy} for text, noisy in zip(asked, heard, strict=True)]
-    reference_fn = jax.jit(reference(world))
-    for noisy, texts in {"": asked, ", misheard": heard}.items():
-        prompts = left(world, texts)
-        for number, (name, policy) in enumerate(agents.items()):
-            keys = jax.random.split(run_key(seed, 9, number), len(asked))
-            rollout = reply(world, policy, prompts, keys, tap=True)
-            real, (read, watched) = rollout.response_mask, seen(world, base, rollout)
-            log_probs = reference_fn(base.params, rollout.inputs)
-            distance = jnp.sum(kl.k1(*masking.zero_outside(real, rollout.log_probs, log_probs)), axis=-1)
-            scores = {arm: score(scorers[arm], read, real) for arm in ARMS}
-            scores |= {
-                "judge": score(scorers["judge"], watched, real),
-                "KL": distance,
-                "length": jnp.sum(real, axis=-1),
-            }
-            said = [[int(t) for t in r[m]] for r, m in zip(*jax.device_get((rollout.responses, real)), strict=True)]
-            figures[name + noisy] = {key: np.asarray(value, np.float64).tolist() for key, value in scores.items()}
-            figures[name + noisy]["distinct-2"] = evaluation.distinct_n(said, 2)
-            for row, answer in zip(rows, said, strict=True):
-                row[name + noisy] = world.tokenizer.decode(answer)
-    return figures, rows
+    key: Array,
+) -> dict[str, Any]:
+    """A policy answers held-out prompts: figures of each reply, and what was said; `refer` is the base's log-probs."""
+    rollout = reply(world, policy, left(world, asked), jax.random.split(key, len(asked)), tap=True)
+    real, (read, watched) = rollout.response_mask, seen(world, base, rollout)
+    log_probs = refer(base.params, rollout.inputs)
+    distance = jnp.sum(kl.k1(*masking.zero_outside(real, rollout.log_probs, log_probs)), axis=-1)
+    scores = {arm: score(scorers[arm], read, real) for arm in ARMS}
+    scores |= {"judge": score(scorers["judge"], watched, real), "KL": distance, "length": jnp.sum(real, axis=-1)}
+    said = [[int(t) for t in r[m]] for r, m in zip(*jax.device_get((rollout.responses, real)), strict=True)]
+    told = {key: np.asarray(value, np.float64).tolist() for key, value in scores.items()}
+    return told | {"distinct-2": evaluation.distinct_n(said, 2), "said": [world.tokenizer.decode(s) for s in said]}
 
 
 def one_seed(
@@ -100,7 +91,7 @@ def one_seed(
     asked = [[texts[i] for i in rng.permutation(len(texts))[:512]] for texts in asked]
     prompts = left(world, asked[0])
     some = prompts[0][: config.teacher_samples], prompts[1][: config.teacher_samples]
-    own = reply(world, base, some, jax.random.split(run_key(seed, 11), len(some[0])))
+    own = reply(world, base, some, jax.random.split(run_key(seed, 11), len(some[0])), tap=True, keep_hidden=True)
     states = dict(zip(("reward", "judge"), seen(world, base, own), strict=True))
     scorers, told = {}, {}
     for name in (*ARMS, "judge"):
@@ -117,15 +108,25 @@ def one_seed(
         )
     for name, what in told.items():
         print(seed, name, {key: round(value, 3) for key, value in what.items()}, flush=True)
-    agents = {"base": base}
-    for arm in ARMS:
-        name = f"AC-HF, {arm}"
-        agents[name] = ac_hf(folder, seed, world, how, base, prompts, (scorers[arm], scorers["judge"]), name)
-    agents["PD, human reward"] = pd(folder, seed, world, base, prompts, scorers["length removed"])
     some = asked[1][: config.eval_prompts]
-    heard = folder.once(f"seed_{seed}/heard", lambda: hear_all(world, seed, some))
-    judge = lambda: judge_all(world, seed, base, agents, scorers, some, heard["heard"])
-    figures, rows = folder.once(f"seed_{seed}/judged", judge)
+    hear = lambda: folder.once(f"seed_{seed}/heard", lambda: hear_all(world, seed, some))
+    train: dict[str, Callable[[], Any]] = {
+        name: partial(ac_hf, folder, seed, world, how, base, prompts, (scorers[arm], scorers["judge"]), name)
+        for arm, name in zip(ARMS, (f"AC-HF, {arm}" for arm in ARMS), strict=True)
+    }
+    train["PD, human reward"] = lambda: pd(folder, seed, world, base, prompts, scorers["length removed"])
+    *trained, heard = folder.together(train | {"heard": hear}).values()
+    agents, refer = dict(zip(("base", *train), (base, *trained), strict=True)), jax.jit(reference(world))
+    cases = {
+        name + noise: partial(judged, world, base, policy, refer, scorers, texts, run_key(seed, 9, number))
+        for noise, texts in {"": some, ", misheard": heard["heard"]}.items()
+        for number, (name, policy) in enumerate(agents.items())
+    }
+    figures = folder.once(f"seed_{seed}/judged", lambda: folder.together(cases))
+    rows = [{"prompt": text, "misheard": noisy} for text, noisy in zip(some, heard["heard"], strict=True)]
+    for name, told_of in figures.items():
+        for row, answer in zip(rows, told_of.pop("said"), strict=True):
+            row[name] = answer
     folder.samples(f"seed_{seed}", rows)
     return {"accuracy": told, "policies": figures, "samples": rows, "heard": heard}
 

@@ -25,6 +25,7 @@ import functools
 import hashlib
 import re
 from collections import Counter
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -76,8 +77,8 @@ class Config(bench.Settings):
 
 
 SMOKE = {"common": 1, "known": 1, "held_out": 12, "feedback": 24, "vocabulary": 300, "prompt_length": 24, "length": 24,
-         "width": 32, "layers": 1, "base_updates": 4, "asked": 24, "comparisons": 64, "scorer_updates": 2, "turns": 2,
-         "answers": 64, "pool": 64, "chunk": 2}  # fmt: skip
+         "width": 32, "layers": 1, "base_updates": 4, "batch": 32, "base_rate": 6e-4, "asked": 24,
+         "comparisons": 64, "scorer_updates": 2, "turns": 2, "answers": 64, "pool": 64, "chunk": 2}  # fmt: skip
 
 
 class Data(NamedTuple):
@@ -145,37 +146,40 @@ def measure(data: Data, see: Any, params: Any) -> dict[str, Any]:
 
 def run_seed(own: Bench, data: Data, base: Any, config: Config) -> dict[str, Any]:
     """Feedback phrases, comparisons, samples and everything learnt are of the seed; the base is everyone's."""
-    found: dict[str, Any] = {}
     greedily = functools.partial(sequences.act, data.task, key=own.key(9), choose=greedy)
     see = jax.jit(lambda params, asked: greedily(params, asked).responses)
 
-    def judged(name: str, params: Any) -> None:
-        found[name] = own.folder.once(f"seed_{own.seed}/{name} measured", lambda: measure(data, see, params))
-        said = zip(data.pairs[1], found[name].pop("said"), strict=False)
+    def judged(name: str, train: Callable[[], Any]) -> dict[str, Any]:
+        params = train()
+        told = own.folder.once(f"seed_{own.seed}/{name} measured", lambda: measure(data, see, params))
+        said = zip(data.pairs[1], told.pop("said"), strict=False)
         rows = [{"german": german, "reference": english, "said": text} for (german, english), text in said]
         own.folder.samples(f"seed_{own.seed}/{name}", rows)
+        return told
 
-    judged("base", base)
-    judged("base, extra updates", bench.trained_on(own, base, data.demonstrations))
     some = np.random.default_rng(own.seed).permutation(len(data.pairs[0]))[: config.asked]
     asked = data.feedback.rows(jnp.asarray(some))
     act = jax.jit(functools.partial(sequences.act, data.task))
     sample = functools.partial(act, base)
     learnt = compared(data, sample, asked, data.pairs[0], own.key(3, 0), config.comparisons)
     scorer = bench.reward_model(own, base, learnt, updates=config.scorer_updates, rate=config.scorer_rate)
-    right, count = jax.jit(functools.partial(token_reward.accuracy, data.task)), config.comparisons // 4
+    ranked, right, count = {}, jax.jit(functools.partial(token_reward.accuracy, data.task)), config.comparisons // 4
     for place, (where, prompts) in enumerate({"seen phrases": asked, "unseen phrases": data.held_out}.items()):
         fresh = compared(data, sample, prompts, data.pairs[place], own.key(3, place + 1), count)
-        found[f"reward model, {where}"] = float(right(scorer, fresh))
+        ranked[f"reward model, {where}"] = float(right(scorer, fresh))
     verdict = functools.partial(judge, task=data.task, scorer=scorer)
-    for name, params in bench.ac_hf(own, base, asked, verdict, {"AC-HF": FREE}):
-        judged(name, params)
-    judged("PD", bench.pd(own, base, asked, verdict, FREE))
+    train = {
+        "base": lambda: base,
+        "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations),
+        **bench.ac_hf(own, base, asked, verdict, {"AC-HF": FREE}),
+        "PD": lambda: bench.pd(own, base, asked, verdict, FREE),
+    }
+    found = own.folder.together({name: functools.partial(judged, name, train[name]) for name in WHO})
     for name in WHO[2:]:
         found[name]["gain"] = {metric: gain(found[name][metric], found[WHO[1]][metric]) for metric in METRICS}
     for name, metric in ((name, metric) for name in WHO for metric in METRICS):
         found[name][metric]["half"] = half(found[name][metric].pop("draws"))
-    return found
+    return found | ranked
 
 
 def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], smoke: bool) -> Report:

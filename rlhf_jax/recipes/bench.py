@@ -8,7 +8,7 @@ take the same number of updates of the same number of answers: `turns` times `mi
 
 import dataclasses
 import functools
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import jax
@@ -147,21 +147,31 @@ def base_model(bench: Bench, batch: sft.Batch) -> Any:
     """Supervised, from nothing."""
     one, settings = jnp.zeros((1, 1), jnp.int32), bench.settings
     fresh = jax.jit(lambda key: bench.task.model.init(key, one, one == 0, method="initialise")["params"])
-    state = sft.init(fresh(bench.key(0)), bench.answering, adam(settings.base_rate, settings.base_updates))
-    return _supervised(bench, 1, "base", state, batch, settings.base_updates, settings.batch)
+    numbers = settings.base_rate, settings.base_updates, settings.batch
+    return _supervised(bench, 1, "base", fresh(bench.key(0)), batch, *numbers)
 
 
 def trained_on(bench: Bench, base: Any, batch: sft.Batch) -> Any:
     """The base after as many further supervised updates as the other methods take."""
     settings = bench.settings
-    state = sft.init(base, bench.answering, adam(settings.actor_rate, settings.updates))
-    return _supervised(bench, 2, "base, extra updates", state, batch, settings.updates, settings.rows)
+    numbers = settings.actor_rate, settings.updates, settings.rows
+    return _supervised(bench, 2, "base, extra updates", base, batch, *numbers)
 
 
-def _supervised(bench: Bench, number: int, name: str, state: Any, batch: sft.Batch, updates: int, rows: int) -> Any:
+def _supervised(
+    bench: Bench, number: int, name: str, params: Any, batch: sft.Batch, rate: float, updates: int, rows: int
+) -> Any:
     chunk = min(bench.settings.chunk, updates)
+    start, learn = _supervising(bench.task, rate, updates, chunk, rows)
+    return bench.stage(number, name, lambda s, key: learn(s, batch, key), start(params), updates // chunk).params
+
+
+@functools.cache
+def _supervising(task: Task, rate: float, updates: int, chunk: int, rows: int) -> tuple[Callable, Callable]:
+    """An initial state of parameters, and the compiled chunk: one for all seeds and stages of equal numbers."""
+    apply_fn, optimizer = policies.token_policy(task.model, prompt_length=task.prompt_length), adam(rate, updates)
     learn = jax.jit(functools.partial(sequences.supervise, updates=chunk, rows=rows))
-    return bench.stage(number, name, lambda state, key: learn(state, batch, key), state, updates // chunk).params
+    return lambda params: sft.init(params, apply_fn, optimizer), learn
 
 
 def reward_model(bench: Bench, base: Any, pairs: PreferenceBatch, *, updates: int, rate: float) -> Any:
@@ -174,8 +184,8 @@ def reward_model(bench: Bench, base: Any, pairs: PreferenceBatch, *, updates: in
 
 def ac_hf(
     bench: Bench, base: Any, asked: Prompts, judge: Judge, arms: Mapping[str, Constraint]
-) -> Iterator[tuple[str, Any]]:
-    """AC-HF from the base, with a critic on the actor's states, once for every constraint; names and policies."""
+) -> dict[str, Callable[[], Any]]:
+    """AC-HF from the base, with a critic on the actor's states, once for every constraint: who trains each policy."""
     settings, knobs = bench.settings, bench.knobs
     rates: dict[Any, Any] = {
         "actor": adam(settings.actor_rate, settings.updates),
@@ -189,11 +199,14 @@ def ac_hf(
     )
     knobs |= {"judge": judge, "rows": settings.answers, "config": actor_critic.Config(value_weight=0.5)}
     turns = jax.jit(functools.partial(sequences.learn, **knobs))
-    for number, (name, constraint) in enumerate(arms.items()):
-        step = lambda state, key, constraint=constraint: turns(state, base, asked, key, constraint=constraint)
+
+    def train(number: int, name: str, constraint: Constraint) -> Any:
+        step = lambda state, key: turns(state, base, asked, key, constraint=constraint)
         start = sequences.Learner(agent, constraints.init_lagrange(constraint.start))
         state = bench.stage(50 + number, name, step, start, settings.turns // knobs["turns"])
-        yield name, state.agent.train.params["actor"]
+        return state.agent.train.params["actor"]
+
+    return {name: functools.partial(train, number, name, arm) for number, (name, arm) in enumerate(arms.items())}
 
 
 def grpo(bench: Bench, base: Any, asked: Prompts, judge: Judge, constraint: Constraint) -> Any:

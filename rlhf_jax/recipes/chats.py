@@ -96,7 +96,7 @@ def open_world(config: Config) -> World:
     """SmolLM2-135M-Instruct and the chats of chitchat-dataset, fetched once; made-up ones if `config.synthetic`."""
     if config.synthetic:
         chats, tokenizer = made_up(np.random.default_rng(0)), ByteTokenizer()
-        network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=3, num_heads=4,
+        network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=4,
                                     num_kv_heads=2, head_dim=4, mlp_width=48)  # fmt: skip
         one = jnp.zeros((1, 1), jnp.int32)
         fresh = jax.jit(lambda key: Transformer(network).init(key, one, one == 0, method="initialise")["params"])

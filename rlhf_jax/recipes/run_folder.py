@@ -11,17 +11,20 @@
     RUN/results.json, report.html
 
 `stage` trains and `once` measures; both return at once what an earlier process has finished. If steps are functions of
-(state, index) and figures functions of states, an interrupted run ends in the table of an uninterrupted one.
+(state, index) and figures functions of states, an interrupted run ends in the table of an uninterrupted one. What does
+not depend on each other may run `together`, in threads: neither a small program nor its compilation fills two cores.
 `command_line` turns a frozen dataclass into flags, `compile_quickly` is for small runs, `script` ends for a shell.
 """
 
 import argparse
 import contextlib
 import dataclasses
+import gc
 import importlib.metadata
 import json
 import os
 import sys
+import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
@@ -38,6 +41,7 @@ from rlhf_jax.training.metrics import MetricsWriter, host_metrics, read_metrics
 __all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run", "script"]
 
 C = TypeVar("C")
+T = TypeVar("T")
 
 
 class Command(NamedTuple, Generic[C]):
@@ -93,7 +97,7 @@ class RunFolder:
     """
 
     def __init__(self, path: Path, stop: StopRequest, say: Callable[[str], None]) -> None:
-        self.path, self._stop, self._say = path, stop, say
+        self.path, self._stop, self._say, self._lock = path, stop, say, threading.Lock()
         stored = path / "seconds.json"
         self.seconds: dict[str, float] = json.loads(stored.read_text()) if stored.exists() else {}
 
@@ -137,6 +141,31 @@ class RunFolder:
             self.write(stored.relative_to(self.path), json.dumps(found, indent=1))
         return json.loads(stored.read_text(encoding="utf-8"))
 
+    def together(self, calls: Mapping[str, Callable[[], T]]) -> dict[str, T]:
+        """What calls that do not need each other return, by name; each has a thread, which sees no context managers.
+
+        Raises:
+          What the first call that failed raised, after the others have stopped as at Ctrl-C.
+        """
+        found: dict[str, T] = {}
+        errors: list[BaseException] = []
+
+        def call(name: str, work: Callable[[], T]) -> None:
+            try:
+                found[name] = work()
+            except BaseException as error:
+                errors.append(error)
+                self._stop.ask()
+
+        threads = [threading.Thread(target=call, args=each, daemon=True) for each in calls.items()]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+        if errors:
+            raise errors[0]
+        return {name: found[name] for name in calls}
+
     def samples(self, name: str, rows: Iterable[Mapping[str, Any]]) -> None:
         """Writes ``samples/NAME.jsonl``, one object per line."""
         self.write(f"samples/{name}.jsonl", "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
@@ -168,8 +197,9 @@ class RunFolder:
         try:
             yield
         finally:
-            self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
-            self.write("seconds.json", json.dumps(self.seconds, indent=1))
+            with self._lock:
+                self.seconds[name] = self.seconds.get(name, 0.0) + time.perf_counter() - began
+                self.write("seconds.json", json.dumps(self.seconds, indent=1))
         self._say(f"{name}: {duration(self.seconds[name])}")
 
 
@@ -203,6 +233,8 @@ def script(main: Callable[[], None]) -> None:
     Raises:
       SystemExit: with the message of a `UserError`; with 130 after Ctrl-C, also before the run's folder is open.
     """
+    gc.freeze()  # what was imported stays; looking through it again and again takes a second of a small run
+    gc.set_threshold(50_000, 20, 20)
     try:
         main()
     except UserError as error:

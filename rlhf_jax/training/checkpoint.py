@@ -16,6 +16,7 @@ import contextlib
 import json
 import logging
 import shutil
+import threading
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import TracebackType
@@ -33,6 +34,7 @@ from rlhf_jax.errors import UserError
 __all__ = ["Checkpoints", "Restored"]
 
 FORMAT = 1
+_LOGGING = threading.Lock()  # of the level that is changed while a checkpoint is read or written
 _SHOWN = 10
 
 
@@ -314,9 +316,10 @@ def _reason(error: BaseException) -> str:
 def _quiet() -> Iterator[None]:
     """Orbax logs the tracebacks of its threads; the error that follows says it in one sentence."""
     logger = logging.getLogger("absl")
-    level = logger.level
-    logger.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        logger.setLevel(level)
+    with _LOGGING:
+        level = logger.level
+        logger.setLevel(logging.CRITICAL)
+        try:
+            yield
+        finally:
+            logger.setLevel(level)

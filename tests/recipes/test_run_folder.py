@@ -1,7 +1,10 @@
 """The run folder: an interrupted run ends as an uninterrupted one, and a folder of another run is refused."""
 
 import dataclasses
+import functools
 import json
+import threading
+import time
 
 import jax.numpy as jnp
 import pytest
@@ -61,6 +64,37 @@ def test_figures_are_computed_once_and_not_after_a_stop(tmp_path):
             folder.once("seed_1", lambda: 1)
     with open_run(tmp_path, {}, say=lambda _: None) as folder:
         assert folder.once("seed_0", lambda: pytest.fail("measured again")) == {"exact": [1, 2]}
+
+
+def test_calls_run_together_and_come_back_by_name(tmp_path):
+    both = threading.Barrier(2)  # each waits for the other: one after the other they would never end
+    with open_run(tmp_path, {}, say=lambda _: None) as folder:
+        meet = lambda name: folder.once(name, lambda: both.wait(timeout=60) >= 0)
+        calls = {name: functools.partial(meet, name) for name in ("b", "a")}
+        assert list(folder.together(calls).items()) == [("b", True), ("a", True)]
+        assert folder.together({}) == {}
+    assert set(json.loads((tmp_path / "seconds.json").read_text())) == {"a", "b"}
+
+
+def test_what_fails_stops_what_runs_beside_it_and_is_what_is_raised(tmp_path):
+    calls, begun = [], threading.Event()
+
+    def long(state, index):
+        begun.set()
+        while not folder._stop.asked:
+            time.sleep(0.01)
+        return counting(calls)(state, index)
+
+    def wrong():
+        assert begun.wait(timeout=60)
+        raise UserError("no such file")
+
+    with open_run(tmp_path, {}, say=lambda _: None) as folder, pytest.raises(UserError, match="no such file"):
+        folder.together({"long": lambda: folder.stage("long", long, START, 6), "wrong": wrong})
+    assert calls == [0]  # and that step is kept
+    with open_run(tmp_path, {}, say=lambda _: None) as folder:
+        folder.together({"long": lambda: folder.stage("long", counting(calls), START, 6)})
+    assert calls == [0, 1, 2, 3, 4, 5]
 
 
 def test_another_configuration_is_refused_by_name(tmp_path):
