@@ -26,7 +26,6 @@ constrained runs keep asking where the house would be opened.
 
 import dataclasses
 import functools
-import importlib.metadata
 from collections.abc import Callable
 from typing import Any
 
@@ -38,7 +37,6 @@ from jax.typing import ArrayLike
 
 from rlhf_jax import evaluation
 from rlhf_jax.data.home_commands import Command, sample_commands
-from rlhf_jax.errors import missing_extra
 from rlhf_jax.feedback import teachers
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import greedy
@@ -46,7 +44,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, pooled_reward, sequences
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.commands import Data, Seen, look, prepare
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script, versions
 from rlhf_jax.recipes.sequences import FREE, Constraint, Judged, Prompts
 from rlhf_jax.types import PreferenceBatch, Rollout
 
@@ -204,11 +202,8 @@ def main(arguments: list[str] | None = None) -> None:
     if smoke:
         compile_quickly()
     packages = ("home-assistant-intents", "hassil", "tokenizers")
-    try:
-        versions = {name: importlib.metadata.version(name) for name in packages}
-    except importlib.metadata.PackageNotFoundError as error:
-        raise missing_extra(error.name, "smart-home", "sample and parse commands") from None
-    with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "versions": versions}) as folder:
+    needed = versions("smart-home", "sample and parse commands", *packages)
+    with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "versions": needed}) as folder:
         sample = functools.partial(sample_commands, per_template=config.per_template, most=config.templates)
         commands = [Command(**row) for row in folder.once("commands", lambda: [row._asdict() for row in sample()])]
         found = {}

@@ -43,7 +43,7 @@ from rlhf_jax.quickstart.report import Report, Result, StageTime
 from rlhf_jax.recipes import bench, sequences, token_reward
 from rlhf_jax.recipes.bench import Bench
 from rlhf_jax.recipes.phrases import load_pairs
-from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
+from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script, versions
 from rlhf_jax.recipes.sequences import FREE, Judged, Prompts, Task
 from rlhf_jax.recipes.translation_scores import BALANCED, METRICS, chrf, gain, half, scores
 from rlhf_jax.types import PreferenceBatch, Rollout
@@ -133,7 +133,7 @@ def compared(data: Data, sample: Any, asked: Prompts, rows: Pairs, key: Array, c
     asked = asked.rows(jax.random.randint(keys[0], (count,), 0, len(asked.tokens)))
     references = [rows[row][1] for row in np.asarray(asked.truth)]
     said = [sample(asked, key) for key in keys[1:3]]
-    one, other = (jnp.asarray(chrf(written(data, rollout.responses), references, BALANCED)) for rollout in said)
+    one, other = (jnp.asarray(chrf(written(data, rollout.responses), references, **BALANCED)) for rollout in said)
     answers = jax.jit(functools.partial(teachers.compare, equal_within=1e-3))(one, other, keys[3])
     return jax.jit(teachers.preference_batch)(said[0].inputs, said[1].inputs, answers)
 
@@ -212,9 +212,10 @@ def main(arguments: list[str] | None = None) -> None:
     config, out, seeds, smoke = command_line(Config, __doc__, "runs/translation", smoke=SMOKE, arguments=arguments)
     if smoke:
         compile_quickly()
+    needed = versions("translation", "score translations and learn a vocabulary", "sacrebleu", "tokenizers")
     pairs = load_pairs(config.pairs, most=1_000 if smoke else None)
     digest = hashlib.sha256(repr(pairs).encode()).hexdigest()
-    with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "data": digest}) as folder:
+    with open_run(out, dataclasses.asdict(config) | {"smoke": smoke, "data": digest, "versions": needed}) as folder:
 
         @functools.cache
         def shared() -> tuple[Data, Any]:

@@ -32,13 +32,13 @@ from typing import Any, Generic, NamedTuple, TypeVar
 
 import jax
 
-from rlhf_jax.errors import UserError
+from rlhf_jax.errors import UserError, missing_extra
 from rlhf_jax.quickstart.report import Report, Series, duration, write_report
 from rlhf_jax.training.checkpoint import Checkpoints
 from rlhf_jax.training.loop import Interrupted, StopRequest, run, stop_on_signals
 from rlhf_jax.training.metrics import MetricsWriter, host_metrics, read_metrics
 
-__all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run", "script"]
+__all__ = ["Command", "RunFolder", "command_line", "compile_quickly", "open_run", "script", "versions"]
 
 C = TypeVar("C")
 T = TypeVar("T")
@@ -86,6 +86,22 @@ def compile_quickly() -> None:
     jax.config.update("jax_disable_most_optimizations", True)
     if tuple(map(int, importlib.metadata.version("jaxlib").split(".")[:2])) < (0, 11):  # 0.12 aborts at the flag
         os.environ["XLA_FLAGS"] = "--xla_cpu_use_fusion_emitters=false " + os.environ.get("XLA_FLAGS", "")
+
+
+def versions(extra: str, purpose: str, *packages: str) -> dict[str, str]:
+    """Versions of what a run depends on, for its config.json.
+
+    Args:
+      extra: the extra of rlhf_jax that brings the packages.
+      purpose: what they are needed for, as the end of "... is needed to".
+      packages: names of distributions.
+    Raises:
+      UserError: one is not installed; names it and the extra.
+    """
+    try:
+        return {name: importlib.metadata.version(name) for name in packages}
+    except importlib.metadata.PackageNotFoundError as error:
+        raise missing_extra(error.name or "", extra, purpose) from None
 
 
 class RunFolder:

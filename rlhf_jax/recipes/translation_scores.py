@@ -3,6 +3,7 @@
 Everything measured over the same phrases is resampled alike, so a gain of one system over another is paired.
 """
 
+import importlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -10,27 +11,28 @@ import numpy as np
 
 from rlhf_jax.errors import missing_extra
 
-try:
-    from sacrebleu.metrics.bleu import BLEU  # pyright: ignore[reportMissingImports]
-    from sacrebleu.metrics.chrf import CHRF  # pyright: ignore[reportMissingImports]
-except ImportError as error:
-    raise missing_extra(error.name or "sacrebleu", "translation", "score translations") from error
-
 __all__ = ["BALANCED", "METRICS", "chrf", "gain", "half", "scores"]
 
 METRICS = ("chrF", "BLEU")
-USUAL = CHRF()  # recall weighs twice precision
-BALANCED = CHRF(beta=1, word_order=2)  # chrF++ that weighs precision like recall: length for its own sake gains nothing
+BALANCED = {"beta": 1, "word_order": 2}  # chrF++, precision weighs like recall: length for its own sake gains nothing
 
 
-def chrf(texts: Sequence[str], references: Sequence[str], metric: CHRF = USUAL) -> np.ndarray:
-    """[N] chrF of every text by a metric."""
+def _metrics() -> Any:
+    try:
+        return importlib.import_module("sacrebleu.metrics")
+    except ImportError as error:
+        raise missing_extra(error.name or "sacrebleu", "translation", "score translations") from error
+
+
+def chrf(texts: Sequence[str], references: Sequence[str], **options: int) -> np.ndarray:
+    """[N] chrF of every text, with options of sacrebleu's CHRF; recall weighs twice precision unless they say else."""
+    metric = _metrics().CHRF(**options)
     return np.array([metric.sentence_score(text, [right]).score for text, right in zip(texts, references, strict=True)])
 
 
 def scores(texts: Sequence[str], references: Sequence[str], *, draws: int = 500) -> dict[str, Any]:
     """Mean chrF of a text and corpus BLEU, each {"score", "draws"}, and the mean numbers of "words"."""
-    each, metric = chrf(texts, references), BLEU(effective_order=True)
+    each, metric = chrf(texts, references), _metrics().BLEU(effective_order=True)
     counted = [metric.sentence_score(text, [right]) for text, right in zip(texts, references, strict=True)]
     counts = np.array([[*one.counts, *one.totals, one.sys_len, one.ref_len] for one in counted])
     rows = np.random.default_rng(0).integers(0, len(each), (draws, len(each)))
@@ -44,7 +46,7 @@ def scores(texts: Sequence[str], references: Sequence[str], *, draws: int = 500)
 def _bleu(counts: np.ndarray) -> float:
     """Corpus BLEU of texts' counts [N, 10]: n-grams matched and written, of four lengths, and words of both sides."""
     total = counts.sum(0).tolist()
-    return BLEU.compute_bleu(total[:4], total[4:8], *total[8:], smooth_method="exp").score
+    return _metrics().BLEU.compute_bleu(total[:4], total[4:8], *total[8:], smooth_method="exp").score
 
 
 def half(draws: Any) -> float:

@@ -20,6 +20,10 @@ def test_scores_are_those_of_the_package():
     each = [CHRF().sentence_score(*pair).score for pair in zip(SAID, ([right] for right in RIGHT), strict=True)]
     assert found["chrF"]["score"] == pytest.approx(np.mean(each))
     np.testing.assert_allclose(translation_scores.chrf(SAID, RIGHT), each)
+    balanced = [
+        CHRF(beta=1, word_order=2).sentence_score(said, [right]).score for said, right in zip(SAID, RIGHT, strict=True)
+    ]
+    np.testing.assert_allclose(translation_scores.chrf(SAID, RIGHT, **translation_scores.BALANCED), balanced)
     assert found["words"] == {"texts": 4.5, "references": 4.5}
 
 
