@@ -31,8 +31,9 @@ def categorical(keys: Array, logits: Array) -> Array:
     rows, vocabulary = logits.shape
     logits = logits.astype(jnp.float32)
     weights = jnp.exp(logits - jnp.max(logits, axis=-1, keepdims=True))
-    blocks = -(-vocabulary // BLOCK)
-    weights = jnp.pad(weights, ((0, 0), (0, blocks * BLOCK - vocabulary))).reshape(rows, blocks, BLOCK)
+    size = min(BLOCK, vocabulary)
+    blocks = -(-vocabulary // size)
+    weights = jnp.pad(weights, ((0, 0), (0, blocks * size - vocabulary))).reshape(rows, blocks, size)
     uniform = jax.vmap(jax.random.uniform)(keys)
 
     block_sums = jnp.sum(weights, axis=-1)
@@ -42,7 +43,7 @@ def categorical(keys: Array, logits: Array) -> Array:
     before = jnp.take_along_axis(edges - block_sums, block[:, None], axis=-1)[:, 0]
     inside = jnp.take_along_axis(weights, block[:, None, None], axis=1)[:, 0]
     token = _first_above(jnp.cumsum(inside, axis=-1), inside, target - before)
-    return (block * BLOCK + token).astype(jnp.int32)
+    return (block * size + token).astype(jnp.int32)
 
 
 def _first_above(edges: Array, weights: Array, target: Array) -> Array:
