@@ -17,7 +17,7 @@ as its accuracy on held-out chats of equal length says, which the table shows fi
 model learnt wit.** A higher score means more like replies in chats that were rated higher.
 
 Expected curve. On the reward as collected replies grow from 19 tokens to 38 of 40 with the reward, while the judge's
-score stays where it was: length hacking. With length removed no seed grows; replies shrink, to 12 to 18.
+score stays where it was: length hacking. With length removed no seed grows; replies shrink, to 11 to 18.
 
     python experiments/spoken_dialogue.py --out runs/spoken_dialogue --seeds 0,1,2 [--smoke]
 """
