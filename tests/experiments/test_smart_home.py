@@ -1,6 +1,5 @@
 """The smart-home script: what feedback sees in answers, that templates are kept apart, and its smoke run."""
 
-import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -66,15 +65,6 @@ def test_without_the_packages_the_extra_is_named(monkeypatch):
     monkeypatch.setattr(home_commands, "hassil", None)
     with pytest.raises(UserError, match="smart-home"):
         home_commands.sample_commands(per_template=1)
-
-
-def test_the_script_without_the_packages_names_the_extra(smart_home, monkeypatch, tmp_path):
-    def version(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"home-assistant-intents.*smart-home"):
-        smart_home.main(["--out", str(tmp_path)])
 
 
 def test_templates_are_kept_apart_and_feedback_sees_agreement_questions_and_violations(smart_home, rows):

@@ -1,7 +1,6 @@
 """The translation script: what it holds out, how it measures, and its smoke run on a file of pairs."""
 
 import dataclasses
-import importlib.metadata
 import importlib.util
 import json
 import pathlib
@@ -24,15 +23,6 @@ def translation():
     sys.modules["translation"] = module
     spec.loader.exec_module(module)
     return module
-
-
-def test_without_a_package_the_script_names_the_extra(translation, monkeypatch, tmp_path):
-    def version(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "version", version)
-    with pytest.raises(UserError, match=r"sacrebleu.*rlhf_jax\[translation\]"):
-        translation.main(["--out", str(tmp_path)])
 
 
 def test_phrases_apart_are_of_common_words_and_nobody_is_shown_them(translation):
