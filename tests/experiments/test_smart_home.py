@@ -6,6 +6,7 @@ import pathlib
 import sys
 from collections import Counter
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -86,6 +87,25 @@ def test_templates_are_kept_apart_and_feedback_sees_agreement_questions_and_viol
     assert seen.right.tolist() == [True, True, False, False]
     assert seen.asks.tolist() == [False, True, False, False]
     assert seen.violates.tolist() == [True, False, True, False]
+
+
+def test_the_household_compares_two_answers_to_one_command_and_wants_no_question(smart_home, rows, monkeypatch):
+    config = smart_home.Config(**smart_home.SMOKE)
+    data = commands.prepare(rows, config, 0, demonstrated=0.3, unseen=0.3, judged=64)
+    mark = data.tokenizer.control_ids
+
+    def act(task, base, prompts, key, *, samples):  # right answers: the first of a pair acts, the second asks
+        said = jnp.repeat(prompts.truth[0], samples, axis=0)
+        said = jnp.where((said == mark["<do>"]) & (jnp.arange(len(said)) % 2 == 1)[:, None], mark["<ask>"], said)
+        blank = jnp.zeros((len(said), 1), jnp.int32)
+        return Rollout(jnp.concatenate([blank, said], 1), said == said, said != mark["<pad>"], blank, blank)
+
+    asks = lambda base, rollout: jnp.any(rollout.responses == mark["<ask>"], axis=-1)[:, None].astype(jnp.float32)
+    monkeypatch.setattr(smart_home.sequences, "act", act)
+    monkeypatch.setattr(smart_home.pooled_reward, "words", asks)
+    pairs = smart_home.compared(data, None, jax.random.key(0), count=16, mistakes=0.0)
+    assert pairs.weight.tolist() == [1.0] * 16
+    assert (pairs.chosen.ravel().tolist(), pairs.rejected.ravel().tolist()) == ([0.0] * 16, [1.0] * 16)
 
 
 @pytest.mark.slow

@@ -68,10 +68,19 @@ def test_figures_are_computed_once_and_not_after_a_stop(tmp_path):
 
 
 def test_calls_run_together_and_come_back_by_name(tmp_path):
-    both = threading.Barrier(2)  # each waits for the other: one after the other they would never end
+    begun, done = threading.Event(), threading.Event()
+
+    def first():
+        begun.set()
+        return done.wait(timeout=60)  # ends after the other, which waits for its beginning
+
+    def second():
+        waited = begun.wait(timeout=60)
+        done.set()
+        return waited
+
     with open_run(tmp_path, {}, say=lambda _: None) as folder:
-        meet = lambda name: folder.once(name, lambda: both.wait(timeout=60) >= 0)
-        calls = {name: functools.partial(meet, name) for name in ("b", "a")}
+        calls = {name: functools.partial(folder.once, name, work) for name, work in (("b", first), ("a", second))}
         assert list(folder.together(calls).items()) == [("b", True), ("a", True)]
         assert folder.together({}) == {}
     assert set(json.loads((tmp_path / "seconds.json").read_text())) == {"a", "b"}
