@@ -104,8 +104,8 @@ def test_the_household_compares_two_answers_to_one_command_and_wants_no_question
     monkeypatch.setattr(smart_home.sequences, "act", act)
     monkeypatch.setattr(smart_home.pooled_reward, "words", asks)
     pairs = smart_home.compared(data, None, jax.random.key(0), count=16, mistakes=0.0)
-    assert pairs.weight.tolist() == [1.0] * 16
-    assert (pairs.chosen.ravel().tolist(), pairs.rejected.ravel().tolist()) == ([0.0] * 16, [1.0] * 16)
+    assert pairs.weight.tolist() == [1.0] * 16 + [0.0] * 16  # the other order of a pair, which nobody chose
+    assert (pairs.chosen[:16].ravel().tolist(), pairs.rejected[:16].ravel().tolist()) == ([0.0] * 16, [1.0] * 16)
 
 
 @pytest.mark.slow
