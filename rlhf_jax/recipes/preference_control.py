@@ -43,6 +43,7 @@ __all__ = [
 ]
 
 
+DISCOUNT = 0.99
 MINIBATCHES = 4
 
 
@@ -170,11 +171,16 @@ def human_reward(judges: Any, scorer: Any, play: Any) -> Array:
 
 
 def advantages(network: Any, params: Any, play: Trajectory, rewards: Array) -> Advantages:
-    """GAE of play by an actor with critic, on rewards [B, T] of its steps."""
+    """GAE of play by an actor with critic, on rewards [B, T] of its steps times 1 - γ.
+
+    So values are discounted averages of rewards and not their sums, and a critic reaches them with small weights; what
+    whitens advantages does not see the factor. A sum of 1 per step is 100, which the critic does not reach in a run.
+    """
     values = lambda seen: network.apply({"params": params}, seen).values
     mask = jnp.ones(rewards.shape, bool)
     before, after = values(play.observations), values(play.outcomes)
-    return gae_with_truncation(rewards, before, after, play.terminated, play.truncated, mask)
+    ends = play.terminated, play.truncated
+    return gae_with_truncation((1.0 - DISCOUNT) * rewards, before, after, *ends, mask, discount=DISCOUNT)
 
 
 def turn(

@@ -1,6 +1,7 @@
 """Preference RL in games: the scale of the learned reward."""
 
 import functools
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 from one_step_game import coin
 
+from rlhf_jax.environments import Trajectory
+from rlhf_jax.models.control import PolicyValue
 from rlhf_jax.recipes import preference_control
 from rlhf_jax.recipes.preference_control import Config, start, turn
 
@@ -26,3 +29,16 @@ def test_the_scale_that_comparisons_leave_open_does_not_count_if_normalised(norm
     small, large = (jax.tree.leaves(learnt(jnp.float32(scale), config)) for scale in (1.0, 10.0))
     same = [np.allclose(x, y, rtol=1e-3, atol=1e-5) for x, y in zip(small, large, strict=True)]
     assert all(same) == normalise
+
+
+def test_values_are_averages_of_rewards():
+    """A critic that says r everywhere is right about play that gives r for ever, and returns are r too."""
+    rewards = 3.0 * jnp.ones((2, 50))
+    never, seen = jnp.zeros(rewards.shape, bool), jnp.zeros((*rewards.shape, 1))
+    play = Trajectory(seen, seen, never, rewards, never, never)
+    critic = SimpleNamespace(apply=lambda variables, seen: PolicyValue(None, jnp.full(seen.shape[:2], 3.0)))
+    learned = preference_control.advantages(critic, None, play, rewards)
+    np.testing.assert_allclose(learned.advantages, 0.0, atol=1e-5)
+    np.testing.assert_allclose(learned.returns, 3.0, rtol=1e-5)
+    over = preference_control.advantages(critic, None, play._replace(terminated=~never), rewards)
+    np.testing.assert_allclose(over.returns, 0.03, rtol=1e-5)
