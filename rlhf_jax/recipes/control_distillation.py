@@ -14,7 +14,7 @@ from rlhf_jax.environments import Environment
 from rlhf_jax.losses import human_distillation
 from rlhf_jax.models import control
 from rlhf_jax.recipes import preference_control
-from rlhf_jax.recipes.preference_control import Learner, acting, advantages, human_reward, networks
+from rlhf_jax.recipes.preference_control import Learner, acting, advantages, learned_reward, networks
 
 __all__ = ["Config", "distil", "student_network"]
 
@@ -25,7 +25,7 @@ class Config(preference_control.Config):
 
     student_hidden: int = 8
     student_steps: int = 300
-    human_beta: float = 1.0  # in standard deviations of the steps' advantages
+    human_beta: float = 3.0  # in standard deviations of the steps' advantages, which of a good teacher are noise
 
 
 def student_network(game: Environment, config: Config) -> control.PolicyValueNet:
@@ -35,8 +35,8 @@ def student_network(game: Environment, config: Config) -> control.PolicyValueNet
 def distil(key: Array, game: Environment, learner: Learner, config: Config, human: Array) -> Any:
     """A small student's parameters, learnt from a trained agent's play: soft targets, and each step's human weight.
 
-    The weight is exp(A / β): the advantage A says by how much an action made the verdict on what follows better than
-    expected, so the target is a step of policy improvement over the teacher (as in Peng et al. 2019,
+    The weight is exp(A / β): the whitened advantage A says by how much an action made the verdict on what follows
+    better than expected, so the target is a step of policy improvement over the teacher (as in Peng et al. 2019,
     https://arxiv.org/abs/1910.00177).
 
     Args:
@@ -51,7 +51,7 @@ def distil(key: Array, game: Environment, learner: Learner, config: Config, huma
     init_key, play_key, loop_key = jax.random.split(key, 3)
     params = learner.agent.train.params
     _, play = environments.rollout(game, acting(network, params), learner.games, play_key, steps=4 * config.steps)
-    gained = advantages(network, params, play, human_reward(learner.judges, scorer, play)).advantages
+    gained = advantages(network, params, play, learned_reward(learner.judges, scorer, play, config)).advantages
     taken = jnp.ones(gained.shape, bool)
     weights = human_distillation.human_weights(masking.whiten(gained, taken), taken, beta=config.human_beta)
     logits = network.apply({"params": params}, play.observations).logits

@@ -36,6 +36,7 @@ __all__ = [
     "cut",
     "human_reward",
     "learn",
+    "learned_reward",
     "networks",
     "one_round",
     "start",
@@ -170,6 +171,15 @@ def human_reward(judges: Any, scorer: Any, play: Any) -> Array:
     return ensembles.mean(jax.vmap(score)(judges.params))
 
 
+def learned_reward(judges: Any, scorer: Any, play: Trajectory, config: Config) -> Array:
+    """`human_reward`, in standard deviations of this play's if `config.normalise`.
+
+    Comparisons leave its scale open, and it grows as the models learn.
+    """
+    rewards = human_reward(judges, scorer, play)
+    return rewards / (jnp.std(rewards) + 1e-6) if config.normalise else rewards
+
+
 def advantages(network: Any, params: Any, play: Trajectory, rewards: Array) -> Advantages:
     """GAE of play by an actor with critic, on rewards [B, T] of its steps times 1 - γ.
 
@@ -191,9 +201,7 @@ def turn(
     play_key, update_key = jax.random.split(key)
     params = learner.agent.train.params
     games, play = environments.rollout(game, acting(network, params), learner.games, play_key, steps=config.steps)
-    rewards = play.rewards if true else human_reward(learner.judges, scorer, play)
-    if config.normalise and not true:  # comparisons leave the scale open, and it grows as the models learn
-        rewards = rewards / (jnp.std(rewards) + 1e-6)
+    rewards = play.rewards if true else learned_reward(learner.judges, scorer, play, config)
     inputs, mask = control.ActionInputs(play.observations, play.actions), jnp.ones(play.rewards.shape, bool)
     old = learner.agent.train.apply_fn(params, inputs)
     learned = advantages(network, params, play, rewards)
