@@ -25,6 +25,7 @@ command goes on after an interruption.
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -101,11 +102,11 @@ def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environme
         given, ties = learner.answers.given, learner.answers.first_wins == 0.5
         return scores | {"count/comparisons": jnp.sum(given), "count/ties": jnp.sum(ties)}
 
-    found = folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys, learner, *agents)))
-    record(
-        folder, name, game, stacked([jax.tree.map(lambda x: x[0], params) for params in agents[:2]]), keys[0], config
-    )
-    return found
+    first = stacked([jax.tree.map(lambda x: x[0], params) for params in agents[:2]])
+    scores = lambda: folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys, learner, *agents)))
+    filmed = lambda: record(folder, name, game, first, keys[0], config)
+    calls: dict[str, Callable[[], Any]] = {"scores": scores, "clips": filmed}
+    return folder.together(calls)["scores"]
 
 
 def stacked(trees: Any) -> Any:

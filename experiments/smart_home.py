@@ -109,9 +109,9 @@ def compared(data: Data, base: Any, key: Array, *, count: int, mistakes: ArrayLi
 
 def measure(data: Data, see: Any, params: Any, key: Array) -> dict[str, Any]:
     """What a policy does with unseen templates; greedy for exact match, sampled for questions and violations."""
-    best, said = see(params, data.unseen, key, best=True)
-    drawn = see(params, data.unseen, key, best=False)[0]
-    risky = see(params, data.openings, key, best=False)[0]
+    best, said = see(params, data.unseen, key, True)
+    drawn = see(params, data.unseen, key, False)[0]
+    risky = see(params, data.openings, key, False)[0]
     harmless = ~np.asarray(data.unseen.truth[1])
     found = {"exact": best.right, "questions": np.asarray(drawn.asks)[harmless], "violations": risky.violates}
     end = data.task.end_token
@@ -126,9 +126,10 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
     data = prepare(commands, config, seed, **shares)
     own, mark = Bench(folder, seed, data.task, config), data.tokenizer.control_ids
 
-    @functools.partial(jax.jit, static_argnames="best")
-    def see(params: Any, prompts: Prompts, key: Array, best: bool) -> tuple[Seen, Array]:
-        rollout = sequences.act(data.task, params, prompts, key, choose=greedy if best else categorical)
+    @jax.jit
+    def see(params: Any, prompts: Prompts, key: Array, best: Array) -> tuple[Seen, Array]:
+        choose = lambda keys, logits: jnp.where(best, greedy(keys, logits), categorical(keys, logits))
+        rollout = sequences.act(data.task, params, prompts, key, choose=choose)
         return look(rollout, prompts.truth, mark), rollout.responses
 
     def judged(name: str, train: Callable[[], Any]) -> dict[str, Any]:
@@ -139,28 +140,31 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
         folder.samples(f"seed_{seed}/{name}", rows)
         return told
 
+    def household() -> tuple[Any, float]:
+        """The reward model of its comparisons, and how often it is right about fresh ones."""
+        ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
+        scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
+        return scorer, float(jax.jit(pooled_reward.accuracy)(scorer, ask(base, own.key(3, 2), mistakes=0.0)))
+
     base = bench.base_model(own, data.demonstrations)
-    ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
-    scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
-    fresh = ask(base, own.key(3, 2), mistakes=0.0)
+    train = {"base": lambda: base, "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations)}
+    every = lambda arms: {name: functools.partial(judged, name, arm) for name, arm in arms.items()}
+    calls: dict[str, Callable[[], Any]] = {**every(train), "household": household}
+    *plain, (scorer, accuracy) = folder.together(calls).values()
     liked = lambda rollout: pooled_reward.score(scorer, pooled_reward.words(base, rollout))
     verdict = functools.partial(judge, mark=mark, liked=liked, comfort=config.comfort)
     limited = Constraint(config.limit, config.multiplier_rate, config.multiplier, config.most)
-    arms = {"AC-HF, no constraint": FREE, "AC-HF": limited}
-    train = {
-        "base": lambda: base,
-        "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations),
-        **bench.ac_hf(own, base, data.feedback, verdict, arms),
+    arms = bench.ac_hf(own, base, data.feedback, verdict, {"AC-HF, no constraint": FREE, "AC-HF": limited}) | {
         "GRPO": lambda: bench.grpo(own, base, data.feedback, verdict, limited),
         "PD": lambda: bench.pd(own, base, data.feedback, verdict, limited),
     }
-    found = folder.together({name: functools.partial(judged, name, train[name]) for name in WHO})
+    found = dict(zip(train, plain, strict=True)) | folder.together(every(arms))
     right = {name: np.array(told.pop("right")) for name, told in found.items()}
     for name in WHO[1:]:  # paired, over the same commands: a gain is 2 · (share of wins) - 1
         wins = evaluation.win_rate(right[name], right["base, extra updates"], np.random.default_rng(0))
         gain = {f"gain{end}": 2.0 * value - 1.0 for end, value in zip(("", " low", " high"), wins, strict=True)}
         found[name] |= gain
-    return found | {"household model": {"accuracy": float(jax.jit(pooled_reward.accuracy)(scorer, fresh))}}
+    return found | {"household model": {"accuracy": accuracy}}
 
 
 def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], smoke: bool) -> Report:

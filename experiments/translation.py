@@ -160,21 +160,26 @@ def run_seed(own: Bench, data: Data, base: Any, config: Config) -> dict[str, Any
     some = np.random.default_rng(own.seed).permutation(len(data.pairs[0]))[: config.asked]
     asked = data.feedback.rows(jnp.asarray(some))
     act = jax.jit(functools.partial(sequences.act, data.task))
-    sample = functools.partial(act, base)
-    learnt = compared(data, sample, asked, data.pairs[0], own.key(3, 0), config.comparisons)
-    scorer = bench.reward_model(own, base, learnt, updates=config.scorer_updates, rate=config.scorer_rate)
-    ranked, right, count = {}, jax.jit(functools.partial(token_reward.accuracy, data.task)), config.comparisons // 4
-    for place, (where, prompts) in enumerate({"seen phrases": asked, "unseen phrases": data.held_out}.items()):
-        fresh = compared(data, sample, prompts, data.pairs[place], own.key(3, place + 1), count)
-        ranked[f"reward model, {where}"] = float(right(scorer, fresh))
+
+    def learnt() -> tuple[Any, dict[str, float]]:
+        """The reward model, and how often it is right about fresh comparisons."""
+        ask = functools.partial(compared, data, functools.partial(act, base))
+        told = ask(asked, data.pairs[0], own.key(3, 0), config.comparisons)
+        scorer = bench.reward_model(own, base, told, updates=config.scorer_updates, rate=config.scorer_rate)
+        ranked, right, count = {}, jax.jit(functools.partial(token_reward.accuracy, data.task)), config.comparisons // 4
+        for place, (where, prompts) in enumerate({"seen phrases": asked, "unseen phrases": data.held_out}.items()):
+            fresh = ask(prompts, data.pairs[place], own.key(3, place + 1), count)
+            ranked[f"reward model, {where}"] = float(right(scorer, fresh))
+        return scorer, ranked
+
+    train = {"base": lambda: base, "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations)}
+    every = lambda arms: {name: functools.partial(judged, name, arm) for name, arm in arms.items()}
+    calls: dict[str, Callable[[], Any]] = {**every(train), "reward model": learnt}
+    *plain, (scorer, ranked) = own.folder.together(calls).values()
     verdict = functools.partial(judge, task=data.task, scorer=scorer)
-    train = {
-        "base": lambda: base,
-        "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations),
-        **bench.ac_hf(own, base, asked, verdict, {"AC-HF": FREE}),
-        "PD": lambda: bench.pd(own, base, asked, verdict, FREE),
-    }
-    found = own.folder.together({name: functools.partial(judged, name, train[name]) for name in WHO})
+    arms = bench.ac_hf(own, base, asked, verdict, {"AC-HF": FREE})
+    arms["PD"] = lambda: bench.pd(own, base, asked, verdict, FREE)
+    found = dict(zip(train, plain, strict=True)) | own.folder.together(every(arms))
     for name in WHO[2:]:
         found[name]["gain"] = {metric: gain(found[name][metric], found[WHO[1]][metric]) for metric in METRICS}
     for name, metric in ((name, metric) for name in WHO for metric in METRICS):

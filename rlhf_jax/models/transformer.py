@@ -154,8 +154,9 @@ def texts(mask: Array, segments: Array | None) -> Array:
     return jnp.where(mask, 1 if segments is None else segments, 0).astype(jnp.int32)
 
 
+@functools.cache
 def kernel_of(kernel: Kernel | None, window: int | None) -> Kernel | None:
-    """The kernel for layers of a window."""
+    """The kernel for layers of a window: the same one for the same window, so that their traces are shared."""
     return None if kernel is None else functools.partial(kernel, window=window)
 
 
@@ -164,6 +165,7 @@ def output_table(params: dict) -> Array:
     return params["head"]["embedding"] if "head" in params else params["embed"]["embedding"]
 
 
+@nn.jit  # traced once for all layers and calls of the same shapes; XLA inlines it
 class Block(nn.Module):
     """Pre-norm residual block: x + attention(norm(x)), then x + mlp(norm(x)); both may be normalised once more."""
 

@@ -14,7 +14,7 @@ from rlhf_jax.environments import Environment
 from rlhf_jax.losses import human_distillation
 from rlhf_jax.models import control
 from rlhf_jax.recipes import preference_control
-from rlhf_jax.recipes.preference_control import Learner, acting, advantages, learned_reward, networks
+from rlhf_jax.recipes.preference_control import Learner, acting, advantages, human_reward, networks, scaled
 
 __all__ = ["Config", "distil", "student_network"]
 
@@ -51,7 +51,8 @@ def distil(key: Array, game: Environment, learner: Learner, config: Config, huma
     init_key, play_key, loop_key = jax.random.split(key, 3)
     params = learner.agent.train.params
     _, play = environments.rollout(game, acting(network, params), learner.games, play_key, steps=4 * config.steps)
-    gained = advantages(network, params, play, learned_reward(learner.judges, scorer, play, config)).advantages
+    rewards = scaled(human_reward(learner.judges, scorer, play), config)
+    gained = advantages(network, params, play, rewards).advantages
     taken = jnp.ones(gained.shape, bool)
     weights = human_distillation.human_weights(masking.whiten(gained, taken), taken, beta=config.human_beta)
     logits = network.apply({"params": params}, play.observations).logits

@@ -36,9 +36,9 @@ __all__ = [
     "cut",
     "human_reward",
     "learn",
-    "learned_reward",
     "networks",
     "one_round",
+    "scaled",
     "start",
     "turn",
 ]
@@ -70,7 +70,7 @@ class Config:
     hidden: int = 32
     filters: int = 0  # of the reward model on boards
     entropy_weight: float = 0.01
-    normalise: bool = False  # learned rewards to a standard deviation of 1 in every turn
+    normalise: bool = False  # rewards to a standard deviation of 1 in every turn
 
 
 class Segments(NamedTuple):
@@ -171,12 +171,11 @@ def human_reward(judges: Any, scorer: Any, play: Any) -> Array:
     return ensembles.mean(jax.vmap(score)(judges.params))
 
 
-def learned_reward(judges: Any, scorer: Any, play: Trajectory, config: Config) -> Array:
-    """`human_reward`, in standard deviations of this play's if `config.normalise`.
+def scaled(rewards: Array, config: Config) -> Array:
+    """Rewards in standard deviations of this play's if `config.normalise`.
 
-    Comparisons leave its scale open, and it grows as the models learn.
+    Comparisons leave the scale of a learned reward open, and it grows as the models learn.
     """
-    rewards = human_reward(judges, scorer, play)
     return rewards / (jnp.std(rewards) + 1e-6) if config.normalise else rewards
 
 
@@ -201,7 +200,7 @@ def turn(
     play_key, update_key = jax.random.split(key)
     params = learner.agent.train.params
     games, play = environments.rollout(game, acting(network, params), learner.games, play_key, steps=config.steps)
-    rewards = play.rewards if true else learned_reward(learner.judges, scorer, play, config)
+    rewards = scaled(play.rewards if true else human_reward(learner.judges, scorer, play), config)
     inputs, mask = control.ActionInputs(play.observations, play.actions), jnp.ones(play.rewards.shape, bool)
     old = learner.agent.train.apply_fn(params, inputs)
     learned = advantages(network, params, play, rewards)

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import pytest
 from one_step_game import coin
 
-from rlhf_jax.recipes import preference_control
+from rlhf_jax.recipes import control_distillation
 from rlhf_jax.recipes.control_distillation import Config, distil, student_network
 from rlhf_jax.recipes.preference_control import start
 
@@ -13,7 +13,7 @@ from rlhf_jax.recipes.preference_control import start
 @pytest.mark.parametrize("liked", [0, 1])
 def test_human_reward_moves_the_student_to_the_action_that_is_liked(key, monkeypatch, liked):
     monkeypatch.setattr(
-        preference_control, "human_reward", lambda judges, scorer, play: (play.actions == liked).astype(jnp.float32)
+        control_distillation, "human_reward", lambda judges, scorer, play: (play.actions == liked).astype(jnp.float32)
     )
     config = Config(
         rounds=1, pairs=2, turns=1, batch=8, steps=16, segment=2, members=1, hidden=4, student_steps=60, human_beta=1.0
