@@ -57,6 +57,12 @@ def base_model(folder: RunFolder, world: World) -> Policy:
     return Policy(*split_params(merge_params(state.params, frozen), layers_from(config.trunk)))
 
 
+@jax.jit
+def _copied(params: Any) -> Any:
+    """For a state that is donated."""
+    return jax.tree.map(jnp.copy, params)
+
+
 class Learning(NamedTuple):
     """AC-HF as two functions; every scorer and seed goes through the same compiled turn."""
 
@@ -76,7 +82,7 @@ def learning(world: World) -> Learning:
 
     def start(base: Policy, key: Array) -> actor_critic.State:
         critic = jax.jit(CRITIC.init)(key, jnp.zeros((1, model.config.width)))["params"]
-        begin = {"actor": jax.tree.map(jnp.copy, base.trained), "critic": critic}
+        begin = {"actor": _copied(base.trained), "critic": critic}
         return actor_critic.init(begin, apply_fn, optimizer, kl_coefficient=config.kl_coefficient)
 
     @partial(jax.jit, donate_argnums=0)
@@ -161,7 +167,7 @@ def pd(folder: RunFolder, seed: int, world: World, base: Policy, prompts: Any, r
     def step(state: Any, index: int) -> tuple[Any, dict[str, Array]]:
         return update(state, jax.tree.map(lambda x: x[order[index]], every()), frozen=fixed)
 
-    start = {"student": jax.tree.map(jnp.copy, base.trained)}
+    start = {"student": _copied(base.trained)}
     state = policy_distillation.init(start, apply_fn, adam(config.student_rate, config.student_steps))
     state = folder.stage(f"seed_{seed}/PD, human reward", step, state, config.student_steps)
     return base._replace(trained=state.params["student"])

@@ -92,15 +92,22 @@ def made_up(rng: np.random.Generator) -> list[Dialogue]:
     return [Dialogue(tuple(w.text for w in c), rated(c) if i % 2 else None) for i, c in enumerate(chats)]
 
 
+def random_params(model: Transformer, rng: np.random.Generator) -> Any:
+    """Normal kernels and tables, scales of 1: parameters without a program that draws them."""
+    one = jax.ShapeDtypeStruct((1, 1), jnp.int32), jax.ShapeDtypeStruct((1, 1), bool)
+    init = partial(model.init, method="initialise")
+    shapes = jax.eval_shape(init, jax.eval_shape(jax.random.key, 0), *one)["params"]
+    draw = lambda x: (0.1 * rng.standard_normal(x.shape) if x.ndim > 1 else np.ones(x.shape)).astype(np.float32)
+    return jax.tree.map(draw, shapes)
+
+
 def open_world(config: Config) -> World:
     """SmolLM2-135M-Instruct and the chats of chitchat-dataset, fetched once; made-up ones if `config.synthetic`."""
     if config.synthetic:
         chats, tokenizer = made_up(np.random.default_rng(0)), ByteTokenizer()
         network = TransformerConfig(vocab_size=tokenizer.vocab_size, width=16, num_layers=2, num_heads=4,
                                     num_kv_heads=2, head_dim=4, mlp_width=48)  # fmt: skip
-        one = jnp.zeros((1, 1), jnp.int32)
-        fresh = jax.jit(lambda key: Transformer(network).init(key, one, one == 0, method="initialise")["params"])
-        params, template = fresh(jax.random.key(0)), ([], [tokenizer.eos_id])
+        params, template = random_params(Transformer(network), np.random.default_rng(0)), ([], [tokenizer.eos_id])
     else:
         chats, reader = load_dialogues(fetch(CHITCHAT)), open_gguf(fetch(MODEL))
         tokenizer, (fields, params) = load_gguf_tokenizer(reader), load_gguf(reader)
