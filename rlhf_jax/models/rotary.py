@@ -75,10 +75,10 @@ RotaryScaling = LinearScaling | Llama3Scaling | YarnScaling | LongScaling
 
 
 class Rotation(NamedTuple):
-    """Cosines and sines of R / 2 angles per position; R is the number of rotated dimensions of a head."""
+    """Cosines and sines of R / 2 angles per position, twice over; R is the number of rotated dimensions of a head."""
 
-    cos: Array  # [B, T, 1, R/2] float32
-    sin: Array  # [B, T, 1, R/2] float32
+    cos: Array  # [B, T, 1, R] float32
+    sin: Array  # [B, T, 1, R] float32, the first half negated
 
 
 def frequencies(dim: int, theta: float, scaling: RotaryScaling | None = None, *, long: bool = False) -> np.ndarray:
@@ -155,9 +155,9 @@ def rotation(
       scaling: how the model was stretched.
       segments: [B, T] int, the text that each position belongs to; None if each row is one text.
     Returns:
-      `Rotation` with [B, T, 1, R/2] float32 cosines and sines.
+      `Rotation` with [B, T, 1, R] float32 cosines and sines.
 
-    >>> rotation(jnp.array([[0, 1]]), 2, 10.0).cos.round(4).ravel().tolist()
+    >>> rotation(jnp.array([[0, 1]]), 2, 10.0).cos.round(4)[..., 0].ravel().tolist()
     [1.0, 0.5403]
     """
     frequency = jnp.asarray(frequencies(dim, theta, scaling), jnp.float32).reshape(1, 1, 1, -1)
@@ -171,7 +171,8 @@ def rotation(
         frequency = jnp.where((last >= scaling.original_length)[..., None, None], far, frequency)
     angle = position[..., None, None].astype(jnp.float32) * frequency
     amplitude = _amplitude(scaling)
-    return Rotation(jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude)
+    cos, sin = jnp.cos(angle) * amplitude, jnp.sin(angle) * amplitude
+    return Rotation(jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([-sin, sin], axis=-1))
 
 
 def rotate(x: Array, turn: Rotation) -> Array:
@@ -184,11 +185,12 @@ def rotate(x: Array, turn: Rotation) -> Array:
       [B, T, N, head_dim], computed in float32, in x's dtype. Position 0 changes nothing; the scalar product of two
       rotated vectors depends on their positions only through the difference.
 
-    >>> quarter = Rotation(jnp.zeros((1, 1, 1, 1)), jnp.ones((1, 1, 1, 1)))
+    >>> quarter = Rotation(jnp.zeros((1, 1, 1, 2)), jnp.array([[[[-1.0, 1.0]]]]))
     >>> rotate(jnp.array([[[[3.0, 4.0]]]]), quarter).ravel().tolist()
     [-4.0, 3.0]
     """
-    half = turn.cos.shape[-1]
-    left, right, rest = jnp.split(x.astype(jnp.float32), [half, 2 * half], axis=-1)
-    turned = [left * turn.cos - right * turn.sin, right * turn.cos + left * turn.sin, rest]
-    return jnp.concatenate(turned, axis=-1).astype(x.dtype)
+    count = turn.cos.shape[-1]
+    turned, rest = jnp.split(x.astype(jnp.float32), [count], axis=-1)
+    # A roll and not two halves put together: XLA's loops over it are faster on a CPU.
+    turned = turned * turn.cos + jnp.roll(turned, count // 2, axis=-1) * turn.sin
+    return jnp.concatenate([turned, rest], axis=-1).astype(x.dtype)

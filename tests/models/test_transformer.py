@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from rlhf_jax.models import attention
 from rlhf_jax.models.rotary import rotate, rotation
 from rlhf_jax.models.transformer import Transformer, TransformerConfig, init_cache, output_table, positions
 from rlhf_jax.training.sharding import make_mesh, shard, shard_batch
@@ -283,3 +284,20 @@ def test_sharded_equals_one_device(params, axes):
 def test_impossible_shapes_are_refused(change, message):
     with pytest.raises(ValueError, match=message):
         TransformerConfig(**SIZES | change)
+
+
+def test_layers_and_calls_of_the_same_shapes_share_one_trace(monkeypatch):
+    traced = []
+    attend = attention.attend
+    monkeypatch.setattr(attention, "attend", lambda *args, **kwargs: traced.append(1) or attend(*args, **kwargs))
+    own = TransformerConfig(**SIZES | {"mlp_width": 40})  # of no other test
+    params, mask = random_params(own), jnp.ones((2, T), bool)
+
+    @jax.jit
+    def twice(params, tokens):
+        read = lambda tokens: Transformer(own, kernel=None).apply({"params": params}, tokens, mask).hidden
+        return read(tokens) + read(tokens + 1)
+
+    traced.clear()
+    twice.trace(params, jnp.ones((2, T), jnp.int32))
+    assert len(traced) == 1
