@@ -140,17 +140,20 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
         folder.samples(f"seed_{seed}/{name}", rows)
         return told
 
-    def household() -> tuple[Any, float]:
-        """The reward model of its comparisons, and how often it is right about fresh ones."""
-        ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
-        scorer = jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
-        return scorer, float(jax.jit(pooled_reward.accuracy)(scorer, ask(base, own.key(3, 2), mistakes=0.0)))
+    ask = jax.jit(functools.partial(compared, data, count=config.comparisons))
+
+    def household() -> Any:
+        """The reward model of its comparisons."""
+        return jax.jit(pooled_reward.fit)(ask(base, own.key(3, 0), mistakes=0.05))
+
+    def accuracy() -> float:
+        """How often that is right about fresh ones."""
+        return float(jax.jit(pooled_reward.accuracy)(scorer, ask(base, own.key(3, 2), mistakes=0.0)))
 
     base = bench.base_model(own, data.demonstrations)
     train = {"base": lambda: base, "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations)}
     every = lambda arms: {name: functools.partial(judged, name, arm) for name, arm in arms.items()}
-    calls: dict[str, Callable[[], Any]] = {**every(train), "household": household}
-    *plain, (scorer, accuracy) = folder.together(calls).values()
+    *plain, scorer = folder.together(every(train) | {"household": household}).values()
     liked = lambda rollout: pooled_reward.score(scorer, pooled_reward.words(base, rollout))
     verdict = functools.partial(judge, mark=mark, liked=liked, comfort=config.comfort)
     limited = Constraint(config.limit, config.multiplier_rate, config.multiplier, config.most)
@@ -158,13 +161,14 @@ def run_seed(folder: RunFolder, config: Config, seed: int, commands: list[Comman
         "GRPO": lambda: bench.grpo(own, base, data.feedback, verdict, limited),
         "PD": lambda: bench.pd(own, base, data.feedback, verdict, limited),
     }
-    found = dict(zip(train, plain, strict=True)) | folder.together(every(arms))
+    *learnt, right_about = folder.together(every(arms) | {"accuracy": accuracy}).values()
+    found: dict[str, Any] = dict(zip(WHO, [*plain, *learnt], strict=True))
     right = {name: np.array(told.pop("right")) for name, told in found.items()}
     for name in WHO[1:]:  # paired, over the same commands: a gain is 2 · (share of wins) - 1
         wins = evaluation.win_rate(right[name], right["base, extra updates"], np.random.default_rng(0))
         gain = {f"gain{end}": 2.0 * value - 1.0 for end, value in zip(("", " low", " high"), wins, strict=True)}
         found[name] |= gain
-    return found | {"household model": {"accuracy": accuracy}}
+    return found | {"household model": {"accuracy": right_about}}
 
 
 def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], smoke: bool) -> Report:

@@ -160,31 +160,33 @@ def run_seed(own: Bench, data: Data, base: Any, config: Config) -> dict[str, Any
     some = np.random.default_rng(own.seed).permutation(len(data.pairs[0]))[: config.asked]
     asked = data.feedback.rows(jnp.asarray(some))
     act = jax.jit(functools.partial(sequences.act, data.task))
+    ask = functools.partial(compared, data, functools.partial(act, base))
 
-    def learnt() -> tuple[Any, dict[str, float]]:
-        """The reward model, and how often it is right about fresh comparisons."""
-        ask = functools.partial(compared, data, functools.partial(act, base))
+    def reward_model() -> Any:
         told = ask(asked, data.pairs[0], own.key(3, 0), config.comparisons)
-        scorer = bench.reward_model(own, base, told, updates=config.scorer_updates, rate=config.scorer_rate)
-        ranked, right, count = {}, jax.jit(functools.partial(token_reward.accuracy, data.task)), config.comparisons // 4
+        return bench.reward_model(own, base, told, updates=config.scorer_updates, rate=config.scorer_rate)
+
+    def ranked() -> dict[str, float]:
+        """How often the reward model is right about fresh comparisons."""
+        right, shares = jax.jit(functools.partial(token_reward.accuracy, data.task)), {}
         for place, (where, prompts) in enumerate({"seen phrases": asked, "unseen phrases": data.held_out}.items()):
-            fresh = ask(prompts, data.pairs[place], own.key(3, place + 1), count)
-            ranked[f"reward model, {where}"] = float(right(scorer, fresh))
-        return scorer, ranked
+            fresh = ask(prompts, data.pairs[place], own.key(3, place + 1), config.comparisons // 4)
+            shares[f"reward model, {where}"] = float(right(scorer, fresh))
+        return shares
 
     train = {"base": lambda: base, "base, extra updates": lambda: bench.trained_on(own, base, data.demonstrations)}
     every = lambda arms: {name: functools.partial(judged, name, arm) for name, arm in arms.items()}
-    calls: dict[str, Callable[[], Any]] = {**every(train), "reward model": learnt}
-    *plain, (scorer, ranked) = own.folder.together(calls).values()
+    *plain, scorer = own.folder.together(every(train) | {"reward model": reward_model}).values()
     verdict = functools.partial(judge, task=data.task, scorer=scorer)
     arms = bench.ac_hf(own, base, asked, verdict, {"AC-HF": FREE})
     arms["PD"] = lambda: bench.pd(own, base, asked, verdict, FREE)
-    found = dict(zip(train, plain, strict=True)) | own.folder.together(every(arms))
+    *learnt, shares = own.folder.together(every(arms) | {"ranked": ranked}).values()
+    found: dict[str, Any] = dict(zip(WHO, [*plain, *learnt], strict=True))
     for name in WHO[2:]:
         found[name]["gain"] = {metric: gain(found[name][metric], found[WHO[1]][metric]) for metric in METRICS}
     for name, metric in ((name, metric) for name in WHO for metric in METRICS):
         found[name][metric]["half"] = half(found[name][metric].pop("draws"))
-    return found | ranked
+    return found | shares
 
 
 def report(folder: RunFolder, config: Config, found: dict[int, dict[str, Any]], smoke: bool) -> Report:
