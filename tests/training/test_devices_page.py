@@ -17,6 +17,7 @@ def test_a_mesh_and_pmap_take_the_same_step():
     start = scope["params"]
     moved = jax.tree.map(lambda x, y: float(np.abs(x - y).max()), start, scope["placed"].params)
     assert min(jax.tree.leaves(moved)) > 1e-4
-    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-6), scope["placed"].params, mapped)
+    # A hundredth of Adam's step of 1e-3: it divides by the gradient's size, so rounding counts where that is small.
+    jax.tree.map(lambda x, y: np.testing.assert_allclose(x, y, atol=1e-5), scope["placed"].params, mapped)
     for name, value in scope["metrics"].items():
         np.testing.assert_allclose(value, scope["same_metrics"][name][0], rtol=1e-5, atol=1e-7)
