@@ -84,7 +84,8 @@ def test_the_smoke_run_leaves_a_run_folder_and_resumes(script, tmp_path, capsys,
     assert set(results["policies"]) >= wanted
     assert results["policies"]["base"]["win"]["rate"] == 0.5
     assert len(results["curves"]["as collected"]["policy/length"][0]) == 2
-    assert abs(results["accuracy"]["0"]["judge"]["correlation with the length of replies"]) < 1e-3
+    # The logarithm of the length is taken off, so of the length itself little is left.
+    assert abs(results["accuracy"]["0"]["judge"]["correlation with the length of replies"]) < 0.1
     page = (tmp_path / "report.html").read_text()
     assert "no reward model here is shown to know wit" in page
     assert "Misheard prompts: scripted noise, as espeak-ng or pocketsphinx is not here" in page
