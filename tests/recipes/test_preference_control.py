@@ -1,4 +1,4 @@
-"""Preference RL in games: the scale of the learned reward."""
+"""Preference RL in games: the scale of rewards, and what values are."""
 
 import functools
 from types import SimpleNamespace
@@ -15,15 +15,17 @@ from rlhf_jax.recipes import preference_control
 from rlhf_jax.recipes.preference_control import Config, start, turn
 
 
+@pytest.mark.parametrize("true", [True, False])
 @pytest.mark.parametrize("normalise", [True, False])
-def test_the_scale_that_comparisons_leave_open_does_not_count_if_normalised(normalise, monkeypatch, key):
+def test_the_scale_of_rewards_does_not_count_if_normalised(normalise, true, monkeypatch, key):
     config = Config(rounds=1, pairs=2, turns=1, batch=8, steps=16, segment=2, members=1, hidden=4, normalise=normalise)
     monkeypatch.setattr(preference_control, "human_reward", lambda judges, scorer, play: judges * play.actions)
     learner = start(key, coin(), config)
 
     @functools.partial(jax.jit, static_argnums=1)
     def learnt(scale, config):
-        after, _ = turn(learner._replace(judges=scale), key, coin(), config)
+        step = lambda *args: coin().step(*args)._replace(reward=scale * args[-1])
+        after, _ = turn(learner._replace(judges=scale), key, coin()._replace(step=step), config, true=true)
         return after.agent.train.params
 
     small, large = (jax.tree.leaves(learnt(jnp.float32(scale), config)) for scale in (1.0, 10.0))
