@@ -84,12 +84,7 @@ def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environme
     """Preference RL, both students, and the same actor-critic on the true reward: true returns of greedy episodes."""
     both = jax.vmap(jax.random.split)(keys)  # as in `learn`: a key to start with and one for the rounds
     begin = jax.jit(jax.vmap(lambda key: start(key, game, config)))(both[:, 0])
-    rounds = lambda who: train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
-    learner, true = folder.together(
-        {who: functools.partial(rounds, who) for who in ("preferences", "true_reward")}
-    ).values()
     network, small = networks(game, config)[0], student_network(game, config)
-    agents = [x.agent.train.params for x in (begin, learner, true)]
 
     def measure(key: Array, learner: Learner, *agents: Any) -> dict[str, Array]:
         pd_key, test_key = jax.random.split(key)
@@ -102,8 +97,14 @@ def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environme
         given, ties = learner.answers.given, learner.answers.first_wins == 0.5
         return scores | {"count/comparisons": jnp.sum(given), "count/ties": jnp.sum(ties)}
 
+    rounds = lambda who: train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
+    fresh = begin.agent.train.params
+    work: dict[str, Callable[[], Any]] = {who: functools.partial(rounds, who) for who in ("preferences", "true_reward")}
+    work["measure"] = lambda: jax.jit(jax.vmap(measure)).lower(keys, begin, fresh, fresh, fresh).compile()
+    learner, true, measured = folder.together(work).values()
+    agents = [fresh, learner.agent.train.params, true.agent.train.params]
     first = stacked([jax.tree.map(lambda x: x[0], params) for params in agents[:2]])
-    scores = lambda: folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys, learner, *agents)))
+    scores = lambda: folder.once(f"{name}/scores", lambda: host(measured(keys, learner, *agents)))
     filmed = lambda: record(folder, name, game, first, keys[0], config)
     calls: dict[str, Callable[[], Any]] = {"scores": scores, "clips": filmed}
     return folder.together(calls)["scores"]
