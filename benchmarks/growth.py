@@ -55,7 +55,8 @@ def measure(case: Any, steps: int) -> tuple[float, float]:
         start = time.perf_counter()
         jax.block_until_ready(compiled(case.state, case.fixed, batch))
         taken.append(time.perf_counter() - start)
-    return statistics.median(taken), compiled.memory_analysis().temp_size_in_bytes / 2**20
+    planned: Any = compiled.memory_analysis()
+    return statistics.median(taken), planned.temp_size_in_bytes / 2**20
 
 
 def exponent(points: list[dict[str, Any]], quantity: str) -> float:

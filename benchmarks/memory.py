@@ -24,7 +24,7 @@ from typing import Any
 TASKS = ("sft", "reward", "dpo", "grpo", "ppo", "distill")
 MODELS = ("tiny", "lm_small", "gpt2_124m")
 WAYS = ("plain", "lean")
-SCHEDULE = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
+SCHEDULE: dict[str, str | bool] = {"xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED"}
 COLUMNS = ("model", "needed", "compiled", "resident", "started")
 
 

@@ -147,9 +147,9 @@ def measure(args: argparse.Namespace, task: str, model: str) -> dict[str, Any]:
     peak_since_last()  # that of the timing is nobody's
     compiled: list[float] = []
 
-    def listen(event: str, duration: float, **_: Any) -> None:
+    def listen(event: str, duration_secs: float, **_: Any) -> None:
         if event == "/jax/core/compile/backend_compile_duration":
-            compiled.append(duration)
+            compiled.append(duration_secs)
 
     step, put_state, put_rows = distributed(case, args.devices)
     state, fixed = put_state(strong(case.state)), put_state(case.fixed)

@@ -214,7 +214,12 @@ class Setup:
     def answer(self, params: Any, batch: dict[str, jax.Array]) -> Rollout:
         """Answers of full length."""
         given, keys = batch["tokens"], batch["keys"].reshape(-1)
-        settings = {"length": self.sizes.response, "end_token": -1, "pad_token": 0, "samples": self.sizes.group}
+        settings: dict[str, Any] = {
+            "length": self.sizes.response,
+            "end_token": -1,
+            "pad_token": 0,
+            "samples": self.sizes.group,
+        }
         return generate(self.writer, self.plain(params), given, jnp.ones(given.shape, bool), keys, **settings)
 
     def hidden(self, params: Any, inputs: TokenInputs) -> jax.Array:
@@ -267,12 +272,12 @@ def supervised(s: Setup) -> Case:
 def reward(s: Setup) -> Case:
     """A reward model on pairs of whole texts."""
 
-    def scores(params, inputs):
+    def scores(params: Any, inputs: TokenInputs) -> Any:
         return s.scorer.apply({"params": params["head"]}, s.hidden(params["trunk"], inputs), inputs.mask)
 
     def step(state, fixed, batch, axis_name=None):
         del fixed
-        made = PreferenceBatch(*batch, jnp.ones(len(batch[0].tokens)))
+        made = PreferenceBatch(batch[0], batch[1], jnp.ones(len(batch[0].tokens)))
         return reward_model.update(state, made, config=reward_model.Config(), **s.split(axis_name))
 
     params = {"trunk": without_head(s.params(0)), "head": s.score_head()}
@@ -284,8 +289,8 @@ def dpo(s: Setup) -> Case:
     """DPO; the reference is read in every step."""
 
     def step(state, fixed, batch, axis_name=None):
-        sides = [preference.Completions(inputs, s.mask(inputs)) for inputs in batch]
-        made = PreferenceBatch(*sides, jnp.ones(len(batch[0].tokens)))
+        one, other = (preference.Completions(inputs, s.mask(inputs)) for inputs in batch)
+        made = PreferenceBatch(one, other, jnp.ones(len(batch[0].tokens)))
         return preference.update(state, made, config=preference.Config(), reference=fixed, **s.split(axis_name))
 
     state = preference.init(s.params(0), s.log_probs, adamw())
@@ -338,13 +343,14 @@ def ppo(s: Setup) -> Case:
         config, now = actor_critic.Config(), state.train.params
         rollout = s.answer(now["actor"], batch)
         inputs = rollout.inputs
+        scores: Any = s.scorer.apply({"params": fixed["head"]}, s.hidden(fixed["judge"], inputs), inputs.mask)
         made, told = actor_critic.experience(
             inputs,
             rollout.response_mask,
             rollout.log_probs,
             s.log_probs(fixed["reference"], inputs),
             s.critic.apply({"params": now["critic"]}, s.states(now["value"], inputs)),
-            s.scorer.apply({"params": fixed["head"]}, s.hidden(fixed["judge"], inputs), inputs.mask),
+            scores,
             kl_coefficient=state.kl.coefficient,
             config=config,
             axis_name=axis_name,

@@ -21,11 +21,14 @@ from jax.typing import ArrayLike
 
 from rlhf_jax.logprobs import head_log_probs, response_states
 from rlhf_jax.models.heads import ScalarHead
+from rlhf_jax.models.stacked import StackedTransformer
 from rlhf_jax.models.transformer import Transformer, output_table
 from rlhf_jax.teacher_chunks import head_distillation
 from rlhf_jax.types import ActorCritic, Distilled, TokenInputs
 
 __all__ = ["TeacherInputs", "actor_critic", "response_hidden", "student", "token_policy"]
+
+Decoder = Transformer | StackedTransformer
 
 
 @struct.dataclass
@@ -36,9 +39,7 @@ class TeacherInputs:
     teacher_hidden: Array  # [B, R, D_T] the teacher's final hidden states that predict the response
 
 
-def response_hidden(
-    model: Transformer, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0
-) -> Array:
+def response_hidden(model: Decoder, params: dict, inputs: TokenInputs, *, prompt_length: int, first: int = 0) -> Array:
     """[B, R, D] final hidden states that predict each response token."""
     start = _kept_trunk(inputs) if first else inputs.tokens
     hidden = model.apply({"params": params}, start, inputs.mask, first=first).hidden
@@ -53,7 +54,7 @@ def _kept_trunk(inputs: TokenInputs) -> Array:
 
 
 def token_policy(
-    model: Transformer, *, prompt_length: int, first: int = 0, temperature: ArrayLike = 1.0
+    model: Decoder, *, prompt_length: int, first: int = 0, temperature: ArrayLike = 1.0
 ) -> Callable[[dict, TokenInputs], Array]:
     """`apply_fn(params, inputs) -> log_probs [B, R]` of the response tokens, at the sampling temperature."""
 
@@ -66,7 +67,7 @@ def token_policy(
 
 
 def actor_critic(
-    model: Transformer, critic: ScalarHead, *, prompt_length: int, first: int, temperature: ArrayLike = 1.0
+    model: Decoder, critic: ScalarHead, *, prompt_length: int, first: int, temperature: ArrayLike = 1.0
 ) -> Callable[[dict, TokenInputs], ActorCritic]:
     """`apply_fn({"actor": ..., "critic": ...}, inputs)`: the actor's upper layers, and a critic on the same trunk."""
     if not first:
@@ -84,7 +85,7 @@ def actor_critic(
 
 
 def student(
-    model: Transformer, *, prompt_length: int, first: int = 0, temperature: ArrayLike = 1.0
+    model: Decoder, *, prompt_length: int, first: int = 0, temperature: ArrayLike = 1.0
 ) -> Callable[[dict[str, Any], TeacherInputs], Distilled]:
     """`apply_fn({"student": ..., "teacher_table": [V, D_T]}, inputs)`: a student beside the teacher that generated.
 

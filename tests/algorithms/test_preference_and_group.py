@@ -349,9 +349,12 @@ def test_epochs_take_every_step_and_one_pass_is_one_update():
     assert float(run_epochs(step, 0.0, rows, jax.random.key(0), epochs=3)[0]) == 84
     with pytest.raises(ValueError, match="epochs must be at least 1"):
         run_epochs(step, 0.0, rows, jax.random.key(0), epochs=0)
+
+
+@pytest.mark.parametrize("microbatches", [1, 2])
+def test_a_group_pass_in_one_step_is_one_update_in_any_number_of_parts(microbatches):
     state, batch, *_, expected = subject("group")
-    config = GROUP(0.3)
-    run = lambda state, batch, key: group.update_epochs(state, batch, key, epochs=1, config=config)
+    run = functools.partial(group.update_epochs, epochs=1, config=GROUP(0.3), microbatches=microbatches)
     contract.assert_close(jax.jit(run)(state, batch, jax.random.key(0)), expected)
 
 
