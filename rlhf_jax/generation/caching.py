@@ -11,7 +11,7 @@ from jax import Array
 
 from rlhf_jax.models.transformer import Cache, Transformer, init_cache
 
-__all__ = ["Prefill", "RowsRead", "grow", "narrow", "prefill", "read_rows", "repeat_rows", "rows_of", "widen"]
+__all__ = ["Prefill", "RowsRead", "anyone", "grow", "narrow", "prefill", "read_rows", "repeat_rows", "rows_of", "widen"]
 
 
 class Prefill(NamedTuple):
@@ -52,6 +52,26 @@ def grow(model: Transformer, cache: Cache, capacity: int) -> Cache:
     """The cache with room for `capacity` slots."""
     empty = init_cache(model.config, cache.mask.shape[0], capacity, dtype=cache.keys[0].dtype)
     return jax.tree.map(lambda x, part: jax.lax.dynamic_update_slice(x, part, (0,) * x.ndim), empty, cache)
+
+
+@jax.custom_batching.custom_vmap
+def anyone(alive: Array) -> Array:
+    """[] bool, whether any row is alive; under `jax.vmap` any row of all runs, which is one answer for all of them.
+
+    A loop that asks it goes on until the last run's last row has ended. If each run had its own answer, `jax.vmap`
+    would choose between the old and the new value of everything that the loop carries, caches too, and write with a
+    scatter. A turn must leave rows that have ended as they are, which it does for the sake of other rows anyway.
+
+    >>> jax.vmap(anyone)(jnp.array([[True, False], [False, False]]))
+    Array([ True,  True], dtype=bool)
+    """
+    return jnp.any(alive)
+
+
+@anyone.def_vmap
+def _anyone_of_all_runs(size: int, batched: list[bool], alive: Array) -> tuple[Array, bool]:
+    del size, batched
+    return anyone(alive), False
 
 
 # --- rows of different lengths ----------------------------------------------------------------------------------------

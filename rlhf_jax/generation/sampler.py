@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.typing import ArrayLike
 
-from rlhf_jax.generation.caching import Prefill, grow, prefill, repeat_rows
+from rlhf_jax.generation.caching import Prefill, anyone, grow, prefill, repeat_rows
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import Choose, Rules, Stop, Warp, draw, greedy
 from rlhf_jax.generation.history import History, init_history, update_history
@@ -149,7 +149,7 @@ def generate(
         trunk=trunk,
         hidden=states(length) if keep_hidden else None,
     )
-    state = jax.lax.while_loop(lambda s: (s.step < length) & jnp.any(s.alive), turn, state)
+    state = jax.lax.while_loop(lambda s: (s.step < length) & anyone(s.alive), turn, state)
     if tap is not None:  # the last token has been sampled but not yet been read by the trunk
         last = call(state.token[:, None], state.fed[:, None], state.cache, last=tap)
         state = state._replace(trunk=keep(state.trunk, last.hidden, state.cache.length))

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-from rlhf_jax.generation.caching import grow, prefill, read_rows, rows_of
+from rlhf_jax.generation.caching import anyone, grow, prefill, read_rows, rows_of
 from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.drawing import Warp
 from rlhf_jax.models.transformer import Cache, Transformer, init_cache
@@ -218,7 +218,7 @@ def speculate(
         accepted=none,
         rounds=none,
     )
-    state = jax.lax.while_loop(lambda s: jnp.any(s.alive), turn, state)
+    state = jax.lax.while_loop(lambda s: anyone(s.alive), turn, state)
     mask = jnp.arange(length)[None] < state.written[:, None]
     inside = lambda x, fill: jnp.where(mask, x[:, :length], fill)
     rollout = Rollout(

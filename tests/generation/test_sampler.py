@@ -11,6 +11,7 @@ from small_decoders import FAMILIES, LENGTHS, VOCABULARY, assert_close_where, de
 
 from rlhf_jax.generation import warpers
 from rlhf_jax.generation.caching import prefill
+from rlhf_jax.generation.categorical import categorical
 from rlhf_jax.generation.history import (
     ends_with,
     init_history,
@@ -171,6 +172,30 @@ def test_the_loop_stops_once_every_row_has_ended(llama):
     assert rollout.response_mask.sum() == len(LENGTHS)
     assert np.isfinite(rollout.log_probs).all()
     assert count_turns(llama, greedy, end_token=VOCABULARY)[0] == R  # an end that never comes
+
+
+def test_vmapped_runs_equal_each_alone_and_are_at_one_place(llama):
+    """A run that ends at once, beside runs that go on."""
+    model, params = llama
+
+    def run_of(at_once, keys):
+        choose = lambda keys, logits: jnp.where(at_once, END, categorical(keys, logits))
+        ends = {"length": R, "end_token": END, "pad_token": PAD}
+        return generate(model, params, *ragged_prompts(), keys, **ends, choose=choose, tap=1, keep_hidden=True)
+
+    every = jnp.array([True, False, False]), jax.random.split(jax.random.key(7), (3, len(LENGTHS)))
+    together, alone = jax.jit(jax.vmap(run_of))(*every), jax.jit(run_of)
+    assert together.response_mask.sum(axis=(1, 2)).tolist()[0] == len(LENGTHS) < together.response_mask[1:].sum()
+    for index in range(3):
+        one = alone(*(x[index] for x in every))
+        same = jax.tree.map(lambda x, index=index: x[index], together)
+        np.testing.assert_array_equal(one.tokens, same.tokens)
+        np.testing.assert_array_equal(one.mask, same.mask)
+        for mask, name in ((one.response_mask, "log_probs"), (one.response_mask, "hidden"), (one.mask, "trunk")):
+            assert_close_where(mask, getattr(one, name), getattr(same, name))
+    loop = next(e for e in jax.make_jaxpr(jax.vmap(run_of))(*every).eqns if e.primitive.name == "while")
+    places = [x.aval.shape for x in loop.outvars if x.aval.dtype == jnp.int32 and x.aval.ndim < 2]
+    assert places == [(), ()]  # the turn and the cache's length, one for all runs
 
 
 @pytest.mark.parametrize("length", [1, 3])

@@ -119,6 +119,19 @@ def test_a_row_depends_on_nothing_but_itself(pair):
     assert alone.rounds[0] == together.rounds[1]
 
 
+def test_vmapped_runs_equal_each_alone(pair):
+    tokens, mask = ragged_prompts()
+    keys = jax.random.split(jax.random.key(6), (3, 4))
+    program = lambda keys, end: speculate(*pair, tokens % V, mask, keys, ahead=2, length=9, end_token=end, pad_token=0)
+    ends = jnp.array([V, 1, 2])
+    together, alone = jax.jit(jax.vmap(program))(keys, ends), jax.jit(program)
+    assert len(set(together.rounds.max(axis=1).tolist())) > 1  # runs of different lengths
+    for index in range(3):
+        one, same = alone(keys[index], ends[index]), jax.tree.map(lambda x, index=index: x[index], together)
+        np.testing.assert_array_equal(one.rollout.responses, same.rollout.responses)
+        np.testing.assert_array_equal(one.rounds, same.rounds)
+
+
 def test_judge_on_distributions_that_do_not_overlap(key):
     keys = jax.random.split(key, 50)
     log_q = jnp.broadcast_to(jnp.log(jnp.array([1.0, 0.0])), (50, 1, 2))
