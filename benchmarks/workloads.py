@@ -214,13 +214,17 @@ class Setup:
     def answer(self, params: Any, batch: dict[str, jax.Array]) -> Rollout:
         """Answers of full length."""
         given, keys = batch["tokens"], batch["keys"].reshape(-1)
-        settings: dict[str, Any] = {
-            "length": self.sizes.response,
-            "end_token": -1,
-            "pad_token": 0,
-            "samples": self.sizes.group,
-        }
-        return generate(self.writer, self.plain(params), given, jnp.ones(given.shape, bool), keys, **settings)
+        return generate(
+            self.writer,
+            self.plain(params),
+            given,
+            jnp.ones(given.shape, bool),
+            keys,
+            length=self.sizes.response,
+            end_token=-1,
+            pad_token=0,
+            samples=self.sizes.group,
+        )
 
     def hidden(self, params: Any, inputs: TokenInputs) -> jax.Array:
         """States of all tokens."""

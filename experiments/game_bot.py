@@ -43,6 +43,7 @@ from rlhf_jax.recipes.preference_control import Learner, acting, networks, one_r
 from rlhf_jax.recipes.run_folder import RunFolder, command_line, compile_quickly, open_run, script
 
 PARTS = ("cartpole", "tamer", "coach", "breakout")
+AGENTS = ("before training", "preferences", "true reward")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -86,27 +87,28 @@ def with_distillation(folder: RunFolder, name: str, keys: Array, game: Environme
     begin = jax.jit(jax.vmap(lambda key: start(key, game, config)))(both[:, 0])
     network, small = networks(game, config)[0], student_network(game, config)
 
-    def measure(key: Array, learner: Learner, *agents: Any) -> dict[str, Array]:
+    def measure(key: Array, learner: Learner, agents: dict[str, Any]) -> dict[str, Array]:
         pd_key, test_key = jax.random.split(key)
         returned = lambda network, params: mean_return(game, config, acting(network, params, greedy=True), test_key)
-        of_agents = jax.vmap(lambda params: returned(network, params))(stacked(agents))
+        of_agents = jax.vmap(lambda params: returned(network, params))(stacked(list(agents.values())))
         students = jax.vmap(lambda human: distil(pd_key, game, learner, config, human))(jnp.array([False, True]))
         of_students = jax.vmap(lambda params: returned(small, params))(students)
-        who = ("before training", "preferences", "true reward", "student", "student, human reward")
+        who = (*agents, "student", "student, human reward")
         scores = {f"score/{w}": s for w, s in zip(who, (*of_agents, *of_students), strict=True)}
         given, ties = learner.answers.given, learner.answers.first_wins == 0.5
         return scores | {"count/comparisons": jnp.sum(given), "count/ties": jnp.sum(ties)}
 
+    actors = lambda *learners: {who: x.agent.train.params for who, x in zip(AGENTS, learners, strict=True)}
     rounds = lambda who: train(folder, f"{name}/{who}", begin, both[:, 1], game, config, true=who == "true_reward")
-    fresh = begin.agent.train.params
     work: dict[str, Callable[[], Any]] = {who: functools.partial(rounds, who) for who in ("preferences", "true_reward")}
-    work["measure"] = lambda: jax.jit(jax.vmap(measure)).lower(keys, begin, fresh, fresh, fresh).compile()
+    work["measure"] = lambda: jax.jit(jax.vmap(measure)).lower(keys, begin, actors(begin, begin, begin)).compile()
     learner, true, measured = folder.together(work).values()
-    agents = [fresh, learner.agent.train.params, true.agent.train.params]
-    first = stacked([jax.tree.map(lambda x: x[0], params) for params in agents[:2]])
-    scores = lambda: folder.once(f"{name}/scores", lambda: host(measured(keys, learner, *agents)))
-    filmed = lambda: record(folder, name, game, first, keys[0], config)
-    calls: dict[str, Callable[[], Any]] = {"scores": scores, "clips": filmed}
+    agents = actors(begin, learner, true)
+    first = stacked([jax.tree.map(lambda x: x[0], agents[who]) for who in AGENTS[:2]])
+    calls: dict[str, Callable[[], Any]] = {
+        "scores": lambda: host(measured(keys, learner, agents)),
+        "clips": lambda: record(folder, name, game, first, keys[0], config),
+    }
     return folder.together(calls)["scores"]
 
 
@@ -121,17 +123,16 @@ def host(found: dict[str, Array]) -> dict[str, list[float]]:
 def record(folder: RunFolder, name: str, game: Environment, params: Any, key: Array, config: Config) -> None:
     """Clips of one episode of the first seed, before training and after, at most 500 steps of each."""
     paths = [folder.path / "samples" / f"{name}_{when}.gif" for when in ("before", "after")]
-    if not all(path.exists() for path in paths):
-        frame = clips.board_frame if len(game.observation_shape) == 3 else clips.cart_pole_frame
-        policy = lambda params: acting(networks(game, config)[0], params, greedy=True)
-        seen = clips.episode_observations(game, policy, params, key, steps=min(500, game.time_limit))
-        for path, episode in zip(paths, seen, strict=True):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_bytes(clips.gif(episode, frame))
+    frame = clips.board_frame if len(game.observation_shape) == 3 else clips.cart_pole_frame
+    policy = lambda params: acting(networks(game, config)[0], params, greedy=True)
+    seen = clips.episode_observations(game, policy, params, key, steps=min(500, game.time_limit))
+    for path, episode in zip(paths, seen, strict=True):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(clips.gif(episode, frame))
 
 
-def from_single_steps(folder: RunFolder, name: str, keys: Array, game: Environment, config: Config) -> dict[str, Any]:
-    """TAMER or COACH; seconds, so it is one program and is measured once."""
+def from_single_steps(_: RunFolder, name: str, keys: Array, game: Environment, config: Config) -> dict[str, Any]:
+    """TAMER or COACH; seconds, so it is one program."""
     method = name.split("/")[-1]
     learn = {"tamer": step_feedback.TAMER, "coach": step_feedback.COACH}[method]
 
@@ -140,7 +141,7 @@ def from_single_steps(folder: RunFolder, name: str, keys: Array, game: Environme
         policy, curve, given = step_feedback.learn(learn_key, game, step_feedback.cart_pole_trainer, learn, config)
         return {f"score/{method}": mean_return(game, config, policy, test_key), "curve": curve, "count/signals": given}
 
-    return folder.once(f"{name}/scores", lambda: host(jax.jit(jax.vmap(measure))(keys)))
+    return host(jax.jit(jax.vmap(measure))(keys))
 
 
 def interquartile_mean(scores: np.ndarray) -> float:
@@ -212,9 +213,8 @@ def main(arguments: list[str] | None = None) -> None:
         games = {n: environments.pgx("minatar-breakout") if n == "breakout" else environments.gymnax("CartPole-v1")
                  for n in parts}  # fmt: skip
         works = {n: from_single_steps if n in ("tamer", "coach") else with_distillation for n in parts}
-        found = folder.together(
-            {n: functools.partial(works[n], folder, f"{tag}/{n}", keys, games[n], configs[n]) for n in parts}
-        )
+        part = lambda n: folder.once(f"{tag}/{n}", lambda: works[n](folder, f"{tag}/{n}", keys, games[n], configs[n]))
+        found = folder.together({n: functools.partial(part, n) for n in parts})
         report(folder, tag, found, settings, smoke)
         for name, told in found.items():
             print(name, {k: round(interquartile_mean(np.array(v)), 1) for k, v in told.items() if k[:5] == "score"})

@@ -1,14 +1,19 @@
 """The game-bot script: its statistics, its smoke run, and that a finished part is not done again."""
 
+import dataclasses
+import functools
 import importlib.util
 import json
 import pathlib
 import sys
 
+import jax
 import numpy as np
 import pytest
 
+from rlhf_jax import environments
 from rlhf_jax.errors import UserError
+from rlhf_jax.recipes import preference_control
 
 PATH = pathlib.Path(__file__).parents[2] / "experiments" / "game_bot.py"
 
@@ -43,6 +48,37 @@ def test_the_smoke_run_leaves_a_labelled_run_folder_and_resumes(game_bot, tmp_pa
     assert json.loads((tmp_path / "results.json").read_text()) == results
     with pytest.raises(UserError, match="other options"):
         game_bot.main([*arguments, "--lessons", "2"])
+    capsys.readouterr()
+
+
+@pytest.mark.slow
+def test_the_small_cartpole_run_measures_the_agents_that_whole_runs_give(game_bot, tmp_path, capsys):
+    """A whole run is one function of a key; the script cuts it into rounds, and names whom it has measured."""
+    arguments = ["--smoke", "--turns", "3", "--rate", "0.01", "--seeds", "0,1,2", "--out", str(tmp_path)]
+    game_bot.main(arguments)
+    results = json.loads((tmp_path / "results.json").read_text())["results"]
+    config = dataclasses.replace(game_bot.Config(), **(game_bot.SMOKE | {"turns": 3, "rate": 0.01}))
+    game, keys = environments.gymnax("CartPole-v1"), jax.vmap(jax.random.key)(np.arange(3))
+
+    def measured(key, true):
+        network, test_key = preference_control.networks(game, config)[0], jax.random.split(key)[1]
+        begun = preference_control.start(jax.random.split(key)[0], game, config)
+        learnt = preference_control.learn(key, game, config, true=true)[0]
+        act = lambda who: preference_control.acting(network, who.agent.train.params, greedy=True)
+        return [game_bot.mean_return(game, config, act(who), test_key) for who in (begun, learnt)]
+
+    runs = (jax.jit(jax.vmap(functools.partial(measured, true=true)))(keys) for true in (False, True))
+    (before, learnt), (_, true) = jax.device_get(tuple(runs))
+    wanted = {"before training": before, "preferences": learnt, "true reward": true}
+    assert len({tuple(value.tolist()) for value in wanted.values()}) == 3
+    for who, value in wanted.items():
+        np.testing.assert_allclose(results[f"cartpole/{who}"]["seeds"], value, rtol=1e-6, err_msg=who)
+    assert results["cartpole/scripted comparisons"] == [config.rounds * config.pairs] * 3
+    page = (tmp_path / "report.html").read_text()
+    assert page.count("data:image/gif") == 2
+    seconds = (tmp_path / "seconds.json").read_text()
+    game_bot.main(arguments)
+    assert (tmp_path / "seconds.json").read_text() == seconds  # nothing was run again
     capsys.readouterr()
 
 

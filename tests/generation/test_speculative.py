@@ -130,6 +130,8 @@ def test_vmapped_runs_equal_each_alone(pair):
         one, same = alone(keys[index], ends[index]), jax.tree.map(lambda x, index=index: x[index], together)
         np.testing.assert_array_equal(one.rollout.responses, same.rollout.responses)
         np.testing.assert_array_equal(one.rounds, same.rounds)
+    loop = next(e for e in jax.make_jaxpr(jax.vmap(program))(keys, ends).eqns if e.primitive.name == "while")
+    assert [x.aval.shape for x in loop.outvars if x.aval.dtype == jnp.int32 and x.aval.ndim < 2] == [()]  # the round
 
 
 def test_judge_on_distributions_that_do_not_overlap(key):
