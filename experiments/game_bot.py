@@ -162,7 +162,10 @@ def plot(folder: RunFolder, tag: str, name: str, result: dict[str, Any]) -> Plot
         if "curve" in result
         else [folder.series(f"{tag}/{name}/{who}", "true/return", who) for who in ("preferences", "true_reward")]
     )
-    note = "Median over seeds of the true return per finished episode; it is reported and never learned from."
+    note = (
+        "Median over seeds of the true reward per episode that ended meanwhile, so it can exceed what one episode "
+        "reaches; it is reported and never learned from."
+    )
     return Plot(title=name, x_label="lesson" if "curve" in result else "round", y_label="true return", series=series,
                 note=note)  # fmt: skip
 

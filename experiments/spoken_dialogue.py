@@ -158,23 +158,23 @@ def curve(folder: RunFolder, seeds: list[int], arm: str, metric: str) -> Series:
 
 def report(folder: RunFolder, found: dict[int, dict[str, Any]], config: Config, spoken: str) -> None:
     rows, policies, seeds = [], table(found), list(found)
+    spread = lambda low, high: f"{low} to {high} (seeds)" if len(seeds) > 1 else ""
     for name in (*ARMS, "judge"):
         for what in found[seeds[0]]["accuracy"][name]:
             values = [result["accuracy"][name][what] for result in found.values()]
             shown = [
                 f"{v:.2f}" if "correlation" in what else f"{v:.1%}" for v in (np.mean(values), min(values), max(values))
             ]
-            rows.append(Result(f"{name}: {what}", shown[0], f"{shown[1]} to {shown[2]} (seeds)"))
+            rows.append(Result(f"{name}: {what}", shown[0], spread(*shown[1:])))
     for name, told in policies.items():
-        words = (
-            f"{told['length'][0]:.1f} tokens, KL {told['KL'][0]:.1f} nats, distinct-2 {np.mean(told['distinct-2']):.2f}"
-        )
+        length, distance, distinct = told["length"][0], told["KL"][0], np.mean(told["distinct-2"])
+        words = f"{length:.1f} tokens, KL {distance:z.1f} nats, distinct-2 {distinct:.2f}"
         win = told["win"]
         rows.append(Result(f"{name} ({words}): judge prefers it to the base", f"{win.rate:.1%}",
                            f"{win.low:.1%} to {win.high:.1%}"))  # fmt: skip
     plots = [
         Plot(title=title, x_label="turn", y_label=unit, series=[curve(folder, seeds, arm, metric) for arm in ARMS],
-             note=f"Mean of {len(seeds)} seeds.")
+             note=f"Mean of {len(seeds)} seeds." if len(seeds) > 1 else f"Seed {seeds[0]}.")
         for title, metric, unit in (("Length of replies", "policy/length", "tokens"),
                                     ("The reward that is learned", "reward/score", "standard deviations"),
                                     ("The judge that only watches", "judge/score", "standard deviations"))
@@ -182,7 +182,7 @@ def report(folder: RunFolder, found: dict[int, dict[str, Any]], config: Config, 
     samples = [Sample(r["prompt"], r["base"], r[f"AC-HF, {ARMS[1]}"]) for r in found[seeds[0]]["samples"][:8]]
     how, rates = found[seeds[0]]["heard"]["how"], [result["heard"]["word error rate"] for result in found.values()]
     rows.append(Result("misheard prompts: word error rate", f"{np.mean(rates):.1%}",
-                       f"{min(rates):.1%} to {max(rates):.1%} (seeds)"))  # fmt: skip
+                       spread(f"{min(rates):.1%}", f"{max(rates):.1%}")))  # fmt: skip
     notes = ["Intervals of wins are over the prompts of all seeds; other ranges are over seeds.",
              "Ratings are of whole chats and mostly of their length; no reward model here is shown to know wit.",
              f"Misheard prompts: {how}.", spoken]  # fmt: skip

@@ -74,7 +74,7 @@ class Report:
     accuracies: Mapping[str, float] = dataclasses.field(default_factory=dict)  # the reward model first, then baselines
     samples: Sequence[Sample] = ()
     clips: Sequence[Clip] = ()
-    stages: Sequence[StageTime] = ()
+    stages: Sequence[StageTime] = ()  # never added up: one may be a part of another, or run beside it
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)  # nested mappings are flattened
     notes: Sequence[str] = ()  # limits, licences, how to resume
 
@@ -220,7 +220,6 @@ def _clip(clip: Clip) -> str:
 
 
 def _stages(stages: Sequence[StageTime]) -> str:
-    total = sum(stage.seconds for stage in stages)
     longest = max(stage.seconds for stage in stages) or 1.0
     rows = [
         [
@@ -230,7 +229,7 @@ def _stages(stages: Sequence[StageTime]) -> str:
         ]
         for stage in stages
     ]
-    return _table(["stage", "time", ""], [*rows, ["<strong>together</strong>", duration(total), ""]], kind="stages")
+    return _table(["stage", "time", ""], rows, kind="stages")
 
 
 def _config(config: Mapping[str, Any]) -> str:

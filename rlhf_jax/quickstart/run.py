@@ -333,7 +333,7 @@ def report(folder: Folder, context: Run, judged: dict[str, Judged], results: dic
         )
         for i in spread
     ]
-    feedback = results["feedback"]
+    feedback, together = results["feedback"], sum(folder.seconds.values())  # they follow each other
     return Report(
         title="rlhf_jax quickstart",
         summary=(
@@ -348,7 +348,7 @@ def report(folder: Folder, context: Run, judged: dict[str, Judged], results: dic
         calibration=[Bin(**bin) for bin in results["calibration"]],
         accuracies=accuracy,
         samples=samples,
-        stages=[StageTime(name, seconds) for name, seconds in folder.seconds.items()],
+        stages=[*(StageTime(*stage) for stage in folder.seconds.items()), StageTime("together", together)],
         config=dataclasses.asdict(context.settings),
         notes=[
             f"Feedback: {feedback['count']:,} pairs from human ratings: one person rated this text above that one. "

@@ -113,7 +113,7 @@ def page(text):
         "Expected calibration error 5.5 %",
         "lasts all day judge 1.25",
         "Reward model 200 steps 1 min 15 s",
-        "together 1 h 3 min",
+        "Judging 1 h 2 min",
         "seed 7",
         "actor.clip 0.2",
         "rlhf-jax quickstart --resume",

@@ -14,6 +14,7 @@ from rlhf_jax import cli
 from rlhf_jax.errors import UserError
 from rlhf_jax.quickstart import run, settings
 from rlhf_jax.quickstart.console import Console
+from rlhf_jax.quickstart.report import duration
 from rlhf_jax.training.loop import Interrupted
 
 MICRO = dataclasses.replace(
@@ -89,6 +90,8 @@ def test_a_run_leaves_everything_it_promises(finished):
     )
     page = (out / "report.html").read_text()
     assert "AC-HF against the base model" in page
+    together = duration(sum(results["seconds"]["stages"].values()))
+    assert f"together {together} " in re.sub(r"(<[^>]*>)+", " ", page)
     assert not re.search(r"(src|href)=['\"]http", page)  # self-contained
     assert len((out / "samples.jsonl").read_text().splitlines()) == MICRO.eval_prompts
     steps = [json.loads(line)["step"] for line in (out / "metrics" / "ac-hf.jsonl").read_text().splitlines()]
