@@ -186,7 +186,8 @@ def report(folder: RunFolder, found: dict[int, dict[str, Any]], config: Config, 
     notes = ["Intervals of wins are over the prompts of all seeds; other ranges are over seeds.",
              "Ratings are of whole chats and mostly of their length; no reward model here is shown to know wit.",
              f"Misheard prompts: {how}.", spoken]  # fmt: skip
-    page = Report(title="Replies moved by ratings of chats", results=rows, plots=plots, samples=samples, notes=notes,
+    title = "Replies moved by ratings of chats" + " (made-up chats and ratings)" * config.synthetic
+    page = Report(title=title, results=rows, plots=plots, samples=samples, notes=notes,
                   stages=[StageTime(n, s) for n, s in folder.seconds.items()],
                   config=dataclasses.asdict(config))  # fmt: skip
     kept = ("policy/length", "reward/score", "judge/score", "policy/kl")

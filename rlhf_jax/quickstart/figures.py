@@ -125,14 +125,14 @@ def interval_figure(intervals: Sequence[Interval], *, name: str, reference: floa
     def draw(axes: "Axes") -> None:
         rows = np.arange(len(intervals))[::-1]
         for row, interval in zip(rows, intervals, strict=True):
-            ends = [interval.low, interval.high]
+            ends, beside = [interval.low, interval.high], [row - 0.38, row + 0.18]  # the name stands above
+            axes.plot([reference] * 2, beside, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
             axes.plot(ends, [row, row], color=_SERIES[0], linewidth=2.2, solid_capstyle="round")
             axes.plot(interval.rate, row, "o", color=_SERIES[0], markersize=7)
             said = f"{interval.name}: {_percent(interval.rate)}"
             axes.text(0.0, row + 0.22, said, va="bottom", fontsize=10)
             if interval.goal is not None:
                 axes.plot([interval.goal] * 2, [row - 0.14, row + 0.14], color=_SERIES[1], linewidth=2)
-        axes.axvline(reference, color=_MUTED, linewidth=0.8, linestyle=(0, (4, 3)))
         axes.set_xlim(0, 1)
         axes.set_ylim(-0.6, len(intervals) - 0.35)
         axes.set_yticks([])

@@ -88,6 +88,7 @@ def test_the_smoke_run_leaves_a_run_folder_and_resumes(script, tmp_path, capsys,
     assert abs(results["accuracy"]["0"]["judge"]["correlation with the length of replies"]) < 0.1
     page = (tmp_path / "report.html").read_text()
     assert "no reward model here is shown to know wit" in page
+    assert "made-up chats and ratings" in page
     assert "Misheard prompts: scripted noise, as espeak-ng or pocketsphinx is not here" in page
     assert results["misheard"]["how"].startswith("scripted noise")
     assert ("espeak-ng is not here" in page) == (speech.espeak() is None)
