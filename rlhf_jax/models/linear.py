@@ -30,11 +30,18 @@ def product(x: Array, kernel: Any) -> Array:
     >>> product(jnp.ones(2), jnp.eye(2)).tolist()
     [1.0, 1.0]
     """
+    # All rows stand in one axis: a kernel's gradient then sums over that axis, which XLA on a CPU does without a
+    # transposed copy of x.
+    rows = x.reshape(-1, x.shape[-1])
+    return _product_of_rows(rows, kernel).reshape(*x.shape[:-1], kernel.shape[-1])
+
+
+def _product_of_rows(rows: Array, kernel: Any) -> Array:
     if isinstance(kernel, Adapted):
-        return kernel.times(x, product)
+        return kernel.times(rows, _product_of_rows)
     if isinstance(kernel, Quantised):
-        return _quantised_product(x, kernel)
-    return jnp.dot(x, kernel)
+        return _quantised_product(rows, kernel)
+    return jnp.dot(rows, kernel)
 
 
 def _count(kernel: Quantised) -> int:
@@ -56,7 +63,7 @@ def _part(kernel: Quantised, index: Array) -> Array:
 @jax.custom_vjp
 def _quantised_product(x: Array, kernel: Quantised) -> Array:
     columns = jax.lax.map(lambda index: jnp.dot(x, _part(kernel, index)), jnp.arange(_count(kernel)))
-    return jnp.moveaxis(columns, 0, -2).reshape(*x.shape[:-1], -1)
+    return jnp.moveaxis(columns, 0, 1).reshape(len(x), -1)
 
 
 def _forward(x: Array, kernel: Quantised) -> tuple[Array, tuple[Quantised, Array]]:
@@ -65,12 +72,12 @@ def _forward(x: Array, kernel: Quantised) -> tuple[Array, tuple[Quantised, Array
 
 def _backward(kept: tuple[Quantised, Array], gradient: Array) -> tuple[Array, Quantised]:
     kernel, like = kept
-    columns = jnp.moveaxis(gradient.reshape(*gradient.shape[:-1], _count(kernel), -1), -2, 0)
+    columns = jnp.moveaxis(gradient.reshape(len(gradient), _count(kernel), -1), 1, 0)
 
     def step(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         return total + jnp.dot(part[0], _part(kernel, part[1]).T, preferred_element_type=total.dtype), None
 
-    start = jnp.zeros((*gradient.shape[:-1], kernel.shape[0]), jnp.promote_types(gradient.dtype, jnp.float32))
+    start = jnp.zeros((len(gradient), kernel.shape[0]), jnp.promote_types(gradient.dtype, jnp.float32))
     x = jax.lax.scan(step, start, (columns, jnp.arange(_count(kernel))))[0].astype(like.dtype)
     frozen = np.zeros(kernel.codes.shape, jax.dtypes.float0)
     return x, dataclasses.replace(kernel, codes=frozen, scales=jnp.zeros_like(kernel.scales))
