@@ -63,7 +63,7 @@ def _part(kernel: Quantised, index: Array) -> Array:
 @jax.custom_vjp
 def _quantised_product(x: Array, kernel: Quantised) -> Array:
     columns = jax.lax.map(lambda index: jnp.dot(x, _part(kernel, index)), jnp.arange(_count(kernel)))
-    return jnp.moveaxis(columns, 0, 1).reshape(len(x), -1)
+    return jnp.moveaxis(columns, 0, 1).reshape(len(x), kernel.shape[-1])
 
 
 def _forward(x: Array, kernel: Quantised) -> tuple[Array, tuple[Quantised, Array]]:
@@ -72,7 +72,7 @@ def _forward(x: Array, kernel: Quantised) -> tuple[Array, tuple[Quantised, Array
 
 def _backward(kept: tuple[Quantised, Array], gradient: Array) -> tuple[Array, Quantised]:
     kernel, like = kept
-    columns = jnp.moveaxis(gradient.reshape(len(gradient), _count(kernel), -1), 1, 0)
+    columns = jnp.moveaxis(gradient.reshape(len(gradient), _count(kernel), kernel.shape[-1] // _count(kernel)), 1, 0)
 
     def step(total: Array, part: tuple[Array, Array]) -> tuple[Array, None]:
         return total + jnp.dot(part[0], _part(kernel, part[1]).T, preferred_element_type=total.dtype), None
