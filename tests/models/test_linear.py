@@ -35,9 +35,11 @@ def contractions(jaxpr):
 def test_every_rank_is_the_product_of_its_rows(name, shape):
     x = jax.random.normal(jax.random.fold_in(KEY, 3), shape)
     kernel = np.asarray(plain_kernel(KERNELS[name]), np.float64)
-    found = product(x, KERNELS[name])
+    found, pull = jax.vjp(lambda x: product(x, KERNELS[name]), x)
     assert found.shape == (*shape[:-1], 6)
     np.testing.assert_allclose(found, np.asarray(x, np.float64) @ kernel, rtol=1e-4, atol=1e-5)
+    back = np.asarray(found, np.float64)
+    np.testing.assert_allclose(pull(found)[0], back @ kernel.T, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", ["plain", "adapted", "weight-decomposed"])
